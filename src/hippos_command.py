@@ -1,0 +1,15 @@
+"""The ``hippos`` command.
+
+A module of its own, beside the package, because importing `hippos` imports torch and Transformers (to register H3 with
+the Auto classes), while ``hippos --help`` and shell completion should answer at once. `hippos` sees this module in
+``sys.modules`` and leaves that import to the verb that needs it.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line."""
+    from hippos.cli import app
+
+    app()
