@@ -10,6 +10,6 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line."""
-    from hippos.cli import app
+    from hippos.cli import main as run
 
-    app()
+    run()

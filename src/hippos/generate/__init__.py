@@ -1,0 +1,1 @@
+"""Writing text with a language model: decoding loops, streaming, stop strings."""
