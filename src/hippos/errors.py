@@ -33,3 +33,7 @@ class TokenizerError(HipposError, ValueError):
 
 class TrainingError(HipposError):
     """A training run cannot go on: the loss is not finite, the disk is full, or the resume state does not fit."""
+
+
+class BenchmarkError(HipposError):
+    """A benchmarked method gives a wrong result, so its time is not shown."""
