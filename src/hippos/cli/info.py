@@ -14,8 +14,8 @@ def info(
     """Show versions, devices, and the implementation each operator takes here.
 
     Example:
-
-        hippos info
+        hippos info --json
+        hippos info --json | jq
     """
     report = _report()
     if as_json:
