@@ -1,0 +1,104 @@
+"""Causal self-attention, the layer that hybrid models keep a few of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hippos.layers.rotary import apply_rotary, rotary_angles
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps queries, keys and values, each (B, H, L, P), to the heads' outputs, (B, H, L, P)."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and the tokens before it.
+
+    Args:
+        d_model: Width D of the tokens.
+        n_heads: Number of heads H, a divisor of D; the head width is P = D/H.
+        rotary_dim: Coordinates of each head that a rotary position embedding turns, even and at most P; 0 for no
+            position embedding.
+        rotary_base: Base of its wavelengths.
+        dropout: Probability of dropping an attention weight in training.
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Attributes:
+        qkv_proj: ``nn.Linear`` from D to 3D; its rows are ordered (q | k | v), each (head, coordinate).
+        out_proj: ``nn.Linear`` from D to D.
+
+    Raises:
+        ValueError: If ``n_heads`` does not divide ``d_model``, or ``rotary_dim`` or ``dropout`` is out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        rotary_dim: int = 0,
+        rotary_base: float = 10000.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if d_model < 1 or n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
+        head_dim = d_model // n_heads
+        if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+            raise ValueError(f"rotary_dim must be even and between 0 and the head width {head_dim}, got {rotary_dim}")
+        if not rotary_base > 0:
+            raise ValueError(f"rotary_base must be positive, got {rotary_base}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+        self.d_model, self.n_heads, self.head_dim = d_model, n_heads, head_dim
+        self.rotary_dim, self.rotary_base, self.dropout = rotary_dim, rotary_base, dropout
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+
+    def forward(self, u: Tensor, *, position_ids: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """Mix the tokens of each sequence.
+
+        Args:
+            u: Tokens, shape (B, L, D).
+            position_ids: Positions for the rotary embedding, shape (B, L), (1, L) or (L,), integers; None counts
+                from 0. Unused if ``rotary_dim`` is 0.
+            attend: What to do with the queries, keys (both turned already) and values, each (B, H, L, P); gives the
+                heads' outputs in the same shape. A model plugs in its cache, masks and attention kernels here. None is
+                causal attention over these L tokens with scale 1/sqrt(P).
+
+        Returns:
+            Tokens, shape (B, L, D).
+
+        Raises:
+            ValueError: If ``u`` or ``position_ids`` has the wrong shape.
+        """
+        if u.ndim != 3 or u.shape[2] != self.d_model or u.shape[1] == 0:
+            raise ValueError(f"u must have shape (B, L, {self.d_model}) with L >= 1, got {tuple(u.shape)}")
+        batch, seqlen, _ = u.shape
+        heads = self.qkv_proj(u).view(batch, seqlen, 3, self.n_heads, self.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, P)
+        if self.rotary_dim:
+            angles = self._angles(position_ids, batch, seqlen, q)
+            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        o = self._attend_causally(q, k, v) if attend is None else attend(q, k, v)
+        return self.out_proj(o.transpose(1, 2).reshape(batch, seqlen, self.d_model))
+
+    def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+    def _angles(self, position_ids: Tensor | None, batch: int, seqlen: int, q: Tensor) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(seqlen, device=q.device)
+        elif tuple(position_ids.shape) not in ((batch, seqlen), (1, seqlen), (seqlen,)):
+            raise ValueError(
+                f"position_ids must have shape ({batch}, {seqlen}), (1, {seqlen}) or ({seqlen},), "
+                f"got {tuple(position_ids.shape)}"
+            )
+        return rotary_angles(position_ids, self.rotary_dim, self.rotary_base, q.dtype)

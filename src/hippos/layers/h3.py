@@ -1,0 +1,293 @@
+"""The H3 layer: a shift SSM and a diagonal SSM between multiplications, in place of attention."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from hippos.layers.param_groups import ParamGroup, param_groups
+from hippos.layers.projections import is_plain_linear, project_from_channels, project_to_channels
+from hippos.layers.ssm_diagonal import DiagonalSSM
+from hippos.layers.ssm_shift import ShiftSSM
+from hippos.ops import H3State, h3_mix, h3_step
+
+HEAD_LAYOUTS = ("hd", "dh")
+
+
+class H3(nn.Module):
+    """Mix the tokens of a sequence causally: q * SSM_diag(SSM_shift(k) * v), projected in and out.
+
+    With P = head_dim and H = D/P heads, per head: k' = shift SSM of k (each channel its own), the P x P products k'_i v_j go
+    through the head's diagonal SSM, and o_j = sum_i q_i s_ij. The same function in three forms, which agree for every split
+    of a sequence: `forward` on a whole sequence, `forward` on one piece after the other (``initial_state``,
+    ``return_state``), and `step` token by token.
+
+    Args:
+        d_model: Width D of the tokens.
+        d_state: State size N of both SSMs, even and at least 2.
+        head_dim: Head width P, a divisor of D; 1 in every released model.
+        n_ssm: Number of different diagonal state matrices, a divisor of H (head h takes number h mod n_ssm); None for H.
+        discretisation: "bilinear" or "zoh".
+        init: Start of the diagonal SSM's frequencies: "diag-lin", "diag-inv", "diag-legs" or "diag".
+        real_type: How its raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid" or "none".
+        dt_min: Smallest initial step of the diagonal SSM.
+        dt_max: Largest initial step.
+        head_layout: Order of the channels that ``out_proj`` reads: "hd" (head h, coordinate j at h * P + j, as trained
+            weights need) or "dh" (at j * H + h, as the public reference's slow path has it).
+        ssm_lr: Ceiling of the learning rate of the SSMs' dynamics (see `param_groups`); 0 freezes them.
+        device: Where the parameters are made.
+        dtype: Dtype of the projections. SSM parameters are float32 (float64 for float64) and stay so under ``.half()``,
+            ``.bfloat16()`` and ``.to(dtype)``.
+
+    Attributes:
+        q_proj: ``nn.Linear`` from D to D.
+        k_proj: ``nn.Linear`` from D to D.
+        v_proj: ``nn.Linear`` from D to D.
+        out_proj: ``nn.Linear`` from D to D.
+        shift: `ShiftSSM` over the D channels of k.
+        diag: `DiagonalSSM` over the H heads.
+
+    Raises:
+        ValueError: If a size, range or name is not one of the above.
+
+    Source:
+        Fu et al. 2023 (arXiv:2212.14052), section 3.1 and algorithm 1; docs/math/h3_layer.md.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 64,
+        head_dim: int = 1,
+        n_ssm: int | None = None,
+        discretisation: str = "bilinear",
+        init: str = "diag-lin",
+        real_type: str = "exp",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        head_layout: str = "hd",
+        ssm_lr: float = 1e-3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if d_model < 1 or head_dim < 1 or d_model % head_dim:
+            raise ValueError(f"head_dim {head_dim} must divide d_model {d_model}")
+        if head_layout not in HEAD_LAYOUTS:
+            raise ValueError(f"head_layout must be one of {', '.join(map(repr, HEAD_LAYOUTS))}, got {head_layout!r}")
+        self.d_model, self.d_state, self.head_dim = d_model, d_state, head_dim
+        self.n_heads = d_model // head_dim
+        self.head_layout = head_layout
+        self.diag = DiagonalSSM(
+            self.n_heads,
+            d_state,
+            n_ssm=n_ssm,
+            discretisation=discretisation,
+            init=init,
+            real_type=real_type,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            ssm_lr=ssm_lr,
+            device=device,
+            dtype=dtype,
+        )
+        self.shift = ShiftSSM(d_model, d_state, ssm_lr=ssm_lr, device=device, dtype=dtype)
+        self.q_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+
+    @overload
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        initial_state: H3State | None = ...,
+        return_state: Literal[False] = ...,
+        cu_seqlens: Tensor | None = ...,
+        mask: Tensor | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        initial_state: H3State | None = ...,
+        return_state: Literal[True],
+        cu_seqlens: Tensor | None = ...,
+        mask: Tensor | None = ...,
+    ) -> tuple[Tensor, H3State]: ...
+
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        initial_state: H3State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, H3State]:
+        """Mix the tokens of each sequence.
+
+        Args:
+            u: Tokens, shape (B, L, D), L >= 1, dtype of the projections (any under autocast).
+            initial_state: State after the tokens before these, as `init_state` shapes it; None for a fresh start. Not
+                changed.
+            return_state: Whether to give the state after the last token too.
+            cu_seqlens: Bounds of packed documents, shape (n_docs + 1,), int32, from 0 to L; needs B = 1. Each document
+                starts from its own state, and the first axis of states counts documents.
+            mask: Real tokens, shape (B, L), bool or integer; where it is 0, key and value are zeroed after the projection
+                (their biases too), so that padding on the left leaves the state empty. Time passes on masked tokens: a
+                state behind padding on the right has decayed.
+
+        Returns:
+            Tokens, shape (B, L, D), dtype of the projections; with ``return_state`` also the state after the last token.
+
+        Raises:
+            ValueError: If a shape is wrong or L is 0.
+            TypeError: If the dtype of ``u`` or ``mask`` is wrong.
+        """
+        self._check_tokens(u, "(B, L, D)", 3)
+        _check_mask(mask, u)
+        if initial_state is not None:
+            n_states = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+            self._check_state(initial_state, n_states)
+        q, k, v = (project_to_channels(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D, L)
+        if mask is not None:
+            is_padding = (mask == 0).unsqueeze(1)
+            k, v = k.masked_fill(is_padding, 0), v.masked_fill(is_padding, 0)
+        with _without_autocast(u.device.type):
+            mixed = h3_mix(
+                q,
+                k,
+                v,
+                *self.shift.operators(),
+                *self.diag.operators(),
+                head_dim=self.head_dim,
+                initial_state=initial_state,
+                return_state=return_state,
+                cu_seqlens=cu_seqlens,
+            )
+        o, state = mixed if return_state else (mixed, None)
+        y = project_from_channels(self.out_proj, self._order_channels(o))
+        return y if state is None else (y, state)
+
+    def step(self, u: Tensor, state: H3State) -> Tensor:
+        """Mix in one more token of each sequence; costs the same at every position.
+
+        Args:
+            u: The tokens, shape (B, D) or (B, 1, D), dtype of the projections.
+            state: State after the tokens before, as `init_state` shapes it; updated in place.
+
+        Returns:
+            The tokens' outputs, shape of ``u``, dtype of the projections.
+
+        Raises:
+            ValueError: If a shape is wrong.
+            TypeError: If the dtype of ``u`` is wrong.
+        """
+        if u.ndim == 3 and u.shape[1] == 1:
+            return self.step(u.squeeze(1), state).unsqueeze(1)
+        self._check_tokens(u, "(B, D) or (B, 1, D)", 2)
+        self._check_state(state, u.shape[0])
+        q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)  # (B, D)
+        with _without_autocast(u.device.type):
+            shift, diag = self.shift.operators(reuse=True), self.diag.operators(reuse=True)
+            o = h3_step(q, k, v, state, *shift, *diag, head_dim=self.head_dim)
+        return self.out_proj(self._order_channels(o))
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> H3State:
+        """Make the state before the first token: all zeros.
+
+        Args:
+            batch: Number of sequences (or packed documents) B.
+            device: Where to make it; None for where the parameters are.
+            dtype: Dtype of the keys that the shift state holds; None for the projections' dtype.
+
+        Returns:
+            ``shift``: the last N - 1 keys, shape (B, D, N - 1), oldest first. ``diag``: modes, shape (B, H, M, 2), or
+            (B, H, P, P, M, 2) if P > 1, in the dtype of the SSM parameters.
+
+        Raises:
+            ValueError: If ``batch`` is less than 1.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        # A decode that starts here never calls forward, which would notice parameters written through .data.
+        self.shift.forget()
+        self.diag.forget()
+        shift_shape, diag_shape = self._state_shapes(batch)
+        device = self.diag.D.device if device is None else device
+        return H3State(
+            torch.zeros(shift_shape, device=device, dtype=dtype or self._key_dtype()),
+            torch.zeros(diag_shape, device=device, dtype=self.diag.D.dtype),
+        )
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[ParamGroup]:
+        """Sort the layer's parameters into optimiser groups, see `hippos.layers.param_groups`."""
+        return param_groups(self, lr, weight_decay)
+
+    def extra_repr(self) -> str:
+        """Show the sizes and choices."""
+        layout = f", head_layout={self.head_layout!r}" if self.head_dim > 1 else ""
+        return f"d_model={self.d_model}, d_state={self.d_state}, head_dim={self.head_dim}{layout}"
+
+    def _order_channels(self, o: Tensor) -> Tensor:
+        """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""
+        if self.head_layout == "hd" or self.head_dim == 1:
+            return o
+        return o.unflatten(1, (self.n_heads, self.head_dim)).transpose(1, 2).flatten(1, 2)
+
+    def _state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        heads = (self.n_heads,) if self.head_dim == 1 else (self.n_heads, self.head_dim, self.head_dim)
+        return (batch, self.d_model, self.d_state - 1), (batch, *heads, self.d_state // 2, 2)
+
+    def _key_dtype(self) -> torch.dtype:
+        device_type = self.diag.D.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        weight = getattr(self.k_proj, "weight", None)
+        is_float = isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        return weight.dtype if is_float else torch.float32
+
+    def _check_tokens(self, u: Tensor, wanted: str, ndim: int) -> None:
+        if u.ndim != ndim or u.shape[-1] != self.d_model:
+            raise ValueError(f"u must have shape {wanted} with D = {self.d_model}, got {tuple(u.shape)}")
+        if 0 in u.shape:
+            raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
+        if not u.is_floating_point():
+            raise TypeError(f"u must be floating point, got {u.dtype}")
+        if is_plain_linear(self.q_proj) and not torch.is_autocast_enabled(u.device.type):
+            dtype = self.q_proj.weight.dtype
+            if u.dtype != dtype:
+                raise TypeError(f"u must have the dtype of the projections, {dtype}, got {u.dtype}")
+
+    def _check_state(self, state: H3State, batch: int) -> None:
+        shapes = tuple(state.shift.shape), tuple(state.diag.shape)
+        wanted = self._state_shapes(batch)
+        if shapes != wanted:
+            raise ValueError(
+                f"the state must have shapes shift {wanted[0]} and diag {wanted[1]}, got {shapes[0]} and {shapes[1]}"
+            )
+
+
+def _check_mask(mask: Tensor | None, u: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+    if mask.shape != u.shape[:2]:
+        raise ValueError(f"mask must have shape {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

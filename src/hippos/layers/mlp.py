@@ -1,0 +1,43 @@
+"""The position-wise network between sequence mixers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU (tanh form) between, applied to each token.
+
+    Args:
+        d_model: Width D of the tokens.
+        d_ff: Inner width.
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Attributes:
+        fc1: ``nn.Linear`` from D to the inner width.
+        fc2: ``nn.Linear`` back.
+
+    Raises:
+        ValueError: If a width is less than 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if d_model < 1 or d_ff < 1:
+            raise ValueError(f"d_model and d_ff must be at least 1, got {d_model} and {d_ff}")
+        self.fc1 = nn.Linear(d_model, d_ff, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(d_ff, d_model, device=device, dtype=dtype)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map tokens, shape (..., D), to tokens of the same shape."""
+        return self.fc2(F.gelu(self.fc1(u), approximate="tanh"))

@@ -1,0 +1,164 @@
+"""The diagonal SSM: each head is a sum of decaying complex oscillators that remember the whole sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hippos.layers.ssm_init import REAL_PART_MAGNITUDE, initial_frequencies
+from hippos.layers.ssm_module import SSMModule, ssm_dtype
+from hippos.ops import discretise
+
+_SMALLEST_RELU_DECAY = 1e-4
+
+
+class _RealType(NamedTuple):
+    """How a raw parameter p stands for the decay -Re A."""
+
+    decay: Callable[[Tensor], Tensor]
+    raw: Callable[[float], float]
+
+
+REAL_TYPES: dict[str, _RealType] = {
+    "exp": _RealType(torch.exp, math.log),
+    "relu": _RealType(lambda p: F.relu(p) + _SMALLEST_RELU_DECAY, lambda decay: decay - _SMALLEST_RELU_DECAY),
+    "softplus": _RealType(F.softplus, lambda decay: math.log(math.expm1(decay))),
+    "sigmoid": _RealType(torch.sigmoid, lambda decay: math.log(decay / (1 - decay))),
+    "none": _RealType(lambda p: p, lambda decay: decay),
+}
+DISCRETISATIONS = ("bilinear", "zoh")
+
+
+class DiagonalOperators(NamedTuple):
+    """What a bank of diagonal SSMs hands to the operators: ``log_a``, ``b``, ``c`` (H, M, 2) pairs and ``skip`` (H,)."""
+
+    log_a: Tensor
+    b: Tensor
+    c: Tensor
+    skip: Tensor
+
+
+class DiagonalSSM(SSMModule[DiagonalOperators]):
+    """A diagonal SSM for each of H heads: x_t = Abar x_{t-1} + Bbar u_t, y_t = 2 Re(C x_t) + D u_t.
+
+    Each head has M = N/2 complex modes; their conjugates are not stored (hence the 2 Re). A = -decay(A_real) + i A_imag
+    and the step dt = exp(log_dt) give Abar and Bbar by the discretisation. Head h takes row h mod S of A and B.
+
+    Args:
+        n_heads: Number of heads H.
+        d_state: State size N, even and at least 2; counts conjugates.
+        n_ssm: Number of different A and B, a divisor S of H; None for H.
+        discretisation: "bilinear" or "zoh".
+        init: Start of A_imag: "diag-lin", "diag-inv", "diag-legs" or "diag", see `ssm_init`. The real part is -1/2.
+        real_type: How A_real stands for -Re A: "exp", "relu", "softplus", "sigmoid" or "none".
+        dt_min: Smallest initial step.
+        dt_max: Largest initial step.
+        ssm_lr: Ceiling of the learning rate of log_dt, A_real, A_imag and B; 0 freezes them.
+        device: Where the parameters are made.
+        dtype: float64 makes float64 parameters, all else float32.
+
+    Attributes:
+        log_dt: Logarithm of the step, shape (H,).
+        A_real: Raw real part, shape (S, M).
+        A_imag: Imaginary part, shape (S, M).
+        B: Input weights, shape (S, M, 2), pairs (re, im).
+        C: Output weights, shape (H, M, 2), pairs (re, im).
+        D: Skip weights, shape (H,).
+
+    Raises:
+        ValueError: If a size, range or name is not one of the above.
+
+    Source:
+        Fu et al. 2023 (arXiv:2212.14052), section 3.1; Gu et al. 2022 (arXiv:2206.11893).
+    """
+
+    dynamics = ("log_dt", "A_real", "A_imag", "B")
+
+    def __init__(
+        self,
+        n_heads: int,
+        d_state: int,
+        *,
+        n_ssm: int | None = None,
+        discretisation: str = "bilinear",
+        init: str = "diag-lin",
+        real_type: str = "exp",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        ssm_lr: float = 1e-3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ssm_lr)
+        n_ssm = n_heads if n_ssm is None else n_ssm
+        _check_sizes(n_heads, d_state, n_ssm)
+        _check_choice("discretisation", discretisation, DISCRETISATIONS)
+        _check_choice("real_type", real_type, REAL_TYPES)
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(f"the step range needs 0 < dt_min <= dt_max, got dt_min {dt_min} and dt_max {dt_max}")
+        self.n_heads, self.d_state, self.n_ssm = n_heads, d_state, n_ssm
+        self.discretisation = cast(Literal["bilinear", "zoh"], discretisation)
+        self.init, self.real_type = init, real_type
+        self.dt_min, self.dt_max = dt_min, dt_max
+
+        n_modes = d_state // 2
+        initial_frequencies(init, n_ssm, n_modes)  # refuses an unknown init on the meta device too
+        dtype = ssm_dtype(dtype)
+        self.log_dt = nn.Parameter(torch.empty(n_heads, device=device, dtype=dtype))
+        self.A_real = nn.Parameter(torch.empty(n_ssm, n_modes, device=device, dtype=dtype))
+        self.A_imag = nn.Parameter(torch.empty(n_ssm, n_modes, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(n_ssm, n_modes, 2, device=device, dtype=dtype))
+        self.C = nn.Parameter(torch.empty(n_heads, n_modes, 2, device=device, dtype=dtype))
+        self.D = nn.Parameter(torch.empty(n_heads, device=device, dtype=dtype))
+        self.freeze_dynamics()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set A by ``init`` and B = 1; draw log_dt uniformly from its range, C and D from unit normal distributions."""
+        if self.C.is_meta:
+            return
+        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+        self.A_real.fill_(REAL_TYPES[self.real_type].raw(REAL_PART_MAGNITUDE))
+        self.A_imag.copy_(initial_frequencies(self.init, self.n_ssm, self.d_state // 2))
+        self.B[..., 0] = 1
+        self.B[..., 1] = 0
+        self.C.normal_(std=math.sqrt(0.5))  # |C|^2 has mean 1
+        self.D.normal_()
+
+    def forward(self) -> DiagonalOperators:
+        """Discretise, and give log Abar, Bbar, C, each of shape (H, M, 2), with the skip weights, shape (H,)."""
+        self._check_precision()
+        decay = REAL_TYPES[self.real_type].decay(self.A_real)
+        A = torch.stack((-decay, self.A_imag), dim=-1)
+        repeats = self.n_heads // self.n_ssm
+        A, B = A.repeat(repeats, 1, 1), self.B.repeat(repeats, 1, 1)  # (H, M, 2)
+        log_a, b = discretise(A, B, torch.exp(self.log_dt), method=self.discretisation)
+        return DiagonalOperators(log_a, b, self.C, self.D)
+
+    def extra_repr(self) -> str:
+        """Show the sizes and choices."""
+        shared = "" if self.n_ssm == self.n_heads else f", n_ssm={self.n_ssm}"
+        return (
+            f"n_heads={self.n_heads}, d_state={self.d_state}{shared}, discretisation={self.discretisation!r}, "
+            f"init={self.init!r}, real_type={self.real_type!r}"
+        )
+
+
+def _check_sizes(n_heads: int, d_state: int, n_ssm: int) -> None:
+    if n_heads < 1:
+        raise ValueError(f"n_heads must be at least 1, got {n_heads}")
+    if d_state < 2 or d_state % 2:
+        raise ValueError(f"d_state must be even and at least 2 (conjugate pairs of modes), got {d_state}")
+    if n_ssm < 1 or n_heads % n_ssm:
+        raise ValueError(f"n_ssm must divide the number of heads {n_heads}, got {n_ssm}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...] | dict[str, _RealType]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
