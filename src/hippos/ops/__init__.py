@@ -1,0 +1,26 @@
+"""Mathematics on tensors: filters, convolutions and recurrences of SSMs. No parameters, no modules, no configuration.
+
+Every operator checks its arguments, computes in float32 (float64 for float64 input) whatever the input's dtype, and
+takes ``impl``: "reference" is the definition, "torch" is fast on any device, "auto" chooses.
+"""
+
+from hippos.ops.arguments import Impl
+from hippos.ops.discretise import discretise
+from hippos.ops.fft_conv import fft_conv
+from hippos.ops.h3_mix import H3State, h3_mix
+from hippos.ops.ssm_conv import ssm_conv
+from hippos.ops.ssm_filter import shift_filter, ssm_filter
+from hippos.ops.ssm_step import h3_step, ssm_step
+
+__all__ = [
+    "H3State",
+    "Impl",
+    "discretise",
+    "fft_conv",
+    "h3_mix",
+    "h3_step",
+    "shift_filter",
+    "ssm_conv",
+    "ssm_filter",
+    "ssm_step",
+]

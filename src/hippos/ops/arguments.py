@@ -1,0 +1,127 @@
+"""Checks of arguments that several operators share: dtypes, shapes, devices, packed documents, `impl`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+
+Impl = Literal["auto", "reference", "torch", "triton"]
+
+SIGNAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Half precision destroys the phases of the SSM's modes: an error of 2^-9 radians a step is a whole turn after 3,200.
+PARAMETER_DTYPES = (torch.float32, torch.float64)
+
+
+def compute_dtype(signal: Tensor) -> torch.dtype:
+    """The dtype of all arithmetic on ``signal``: float64 for float64, float32 for everything else."""
+    return torch.float64 if signal.dtype == torch.float64 else torch.float32
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    axes: str,
+    sizes: Sequence[int | None],
+    *,
+    like: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = SIGNAL_DTYPES,
+) -> None:
+    """Raise unless ``tensor`` is a tensor of the wanted rank, sizes, dtype and device.
+
+    Args:
+        name: The argument's name in the message.
+        tensor: What the caller passed.
+        axes: The axes' letters, for the message: ``"B, H, L"``.
+        sizes: The size of each axis; None accepts any.
+        like: A tensor on whose device this one must be.
+        dtypes: The accepted dtypes.
+
+    Raises:
+        TypeError: If it is no tensor, or its dtype is not accepted.
+        ValueError: If its shape or device is not the wanted one.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape ({axes}), got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        wanted = ", ".join(_dtype_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must have one of the dtypes {wanted}, got {_dtype_name(tensor.dtype)}")
+    shape = tensor.shape
+    if len(shape) != len(sizes) or any(
+        size is not None and got != size for got, size in zip(shape, sizes, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{name} must have shape ({axes}) = ({wanted}), got {tuple(shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the other tensors, got {tensor.device}")
+
+
+def check_signal(name: str, signal: Tensor) -> None:
+    """Raise unless ``signal`` is a floating (B, H, L) tensor with at least one channel and one time step."""
+    check_tensor(name, signal, "B, H, L", (None, None, None))
+    if signal.shape[1] < 1 or signal.shape[2] < 1:
+        raise ValueError(f"{name} needs at least one channel and one time step, got shape {tuple(signal.shape)}")
+
+
+def check_modes(log_a: Tensor, b: Tensor, c: Tensor, *, n_heads: int | None = None, like: Tensor | None = None) -> None:
+    """Raise unless the SSM parameters are (H, M, 2) pairs, float32 or float64, of equal shape and on one device."""
+    axes = "H, M, 2"
+    check_tensor("log_a", log_a, axes, (n_heads, None, 2), like=like, dtypes=PARAMETER_DTYPES)
+    if log_a.shape[0] < 1 or log_a.shape[1] < 1:
+        raise ValueError(f"log_a needs at least one channel and one mode, got shape {tuple(log_a.shape)}")
+    check_tensor("b", b, axes, tuple(log_a.shape), like=log_a, dtypes=PARAMETER_DTYPES)
+    check_tensor("c", c, axes, tuple(log_a.shape), like=log_a, dtypes=PARAMETER_DTYPES)
+
+
+def check_impl(name: str, impl: str) -> None:
+    """Raise unless ``impl`` is a known implementation that the operator ``name`` has.
+
+    Raises:
+        ValueError: If ``impl`` is no known word.
+        UnsupportedError: If ``impl="triton"``.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl == "triton":
+        raise UnsupportedError(f"{name} has no Triton kernel yet; impl='auto' or 'torch' runs on any device")
+
+
+def document_bounds(cu_seqlens: Tensor | None, *, batch: int, seqlen: int) -> list[int] | None:
+    """Read the offsets of packed documents to the host, checked.
+
+    Args:
+        cu_seqlens: Offsets of the documents in the packed sequence, shape (n_docs + 1,), int32 or int64, any device,
+            from 0 to L, never decreasing (a document may be empty); or None.
+        batch: B of the signal.
+        seqlen: L of the signal.
+
+    Returns:
+        The n_docs + 1 offsets, or None without ``cu_seqlens``.
+
+    Raises:
+        TypeError: If ``cu_seqlens`` is no integer tensor.
+        ValueError: If it has the wrong shape, does not run from 0 to L, decreases, or B is not 1.
+    """
+    if cu_seqlens is None:
+        return None
+    check_tensor("cu_seqlens", cu_seqlens, "n_docs + 1", (None,), dtypes=(torch.int32, torch.int64))
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into one sequence, so B must be 1, got B = {batch}")
+    bounds: list[int] = cu_seqlens.tolist()
+    if len(bounds) < 2:
+        raise ValueError(f"cu_seqlens must have n_docs + 1 >= 2 entries, got {len(bounds)}")
+    if bounds[0] != 0 or bounds[-1] != seqlen:
+        raise ValueError(f"cu_seqlens must run from 0 to L = {seqlen}, got {bounds[0]} to {bounds[-1]}")
+    for left, right in pairwise(bounds):
+        if right < left:
+            raise ValueError(f"cu_seqlens must not decrease, got {right} after {left}")
+    return bounds
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,60 @@
+"""Causal or circular convolution with any filter, by the FFT."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hippos.ops.arguments import Impl, check_impl, check_signal, check_tensor
+from hippos.ops.fft_conv.reference import fft_conv_reference
+
+__all__ = ["fft_conv"]
+
+
+def fft_conv(
+    u: Tensor,
+    ssm_filter: Tensor,
+    d: Tensor | None = None,
+    *,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    causal: bool = True,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Convolve each channel with its own long filter.
+
+    With v = in_gate * u, computes ``y[t] = out_gate[t] * (sum_s ssm_filter[s] v[t - s] + d * v[t])`` in O(L log L).
+    Samples before the first count as zero, or, circular, as those of the sequence's end. All arithmetic is in float32,
+    or in float64 for float64 ``u``.
+
+    Args:
+        u: Input, shape (B, H, L), any strides; float16, bfloat16, float32 or float64.
+        ssm_filter: Filter, shape (H, K) with 1 <= K <= L, same dtypes.
+        d: Skip weight of each channel, shape (H,).
+        in_gate: Factor on the input, shape (B, H, L), any strides.
+        out_gate: Factor on the output, shape (B, H, L), any strides.
+        causal: False wraps around.
+        impl: "auto" takes "torch".
+
+    Returns:
+        Output, shape (B, H, L), dtype of ``u``.
+
+    Raises:
+        TypeError: If a tensor is not of a floating dtype.
+        ValueError: If shapes or devices disagree, L is 0, the filter is empty or longer than L, or ``impl`` is unknown.
+        UnsupportedError: If ``impl="triton"``.
+
+    Source:
+        Fu et al. 2023 (arXiv:2212.14052), section 4.
+    """
+    check_impl("fft_conv", impl)
+    check_signal("u", u)
+    n_heads, seqlen = u.shape[1:]
+    check_tensor("ssm_filter", ssm_filter, "H, K", (n_heads, None), like=u)
+    if not 1 <= ssm_filter.shape[1] <= seqlen:
+        raise ValueError(f"ssm_filter must have 1 <= K <= L = {seqlen} taps, got {ssm_filter.shape[1]}")
+    if d is not None:
+        check_tensor("d", d, "H", (n_heads,), like=u)
+    for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
+        if gate is not None:
+            check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
+    return fft_conv_reference(u, ssm_filter, d, in_gate, out_gate, causal)

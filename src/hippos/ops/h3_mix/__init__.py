@@ -1,0 +1,170 @@
+"""The mixing of a whole H3 layer, from its projections to its output: shift SSM, gate, diagonal SSM, gate."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from hippos.ops.arguments import Impl, check_impl, check_modes, check_signal, check_tensor, document_bounds
+from hippos.ops.h3_mix.reference import h3_mix_reference
+from hippos.ops.h3_mix.state import H3State, check_state
+
+__all__ = ["H3State", "h3_mix"]
+
+
+@overload
+def h3_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor: ...
+
+
+@overload
+def h3_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, H3State]: ...
+
+
+@overload
+def h3_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_state: bool,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, H3State]: ...
+
+
+def h3_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, H3State]:
+    """Mix projections q, k, v over time as an H3 layer does.
+
+    For every head h of P = head_dim channels (D = H P; channel h P + i belongs to head h):
+
+    ``k' = conv(shift_filter, k) + shift_d * k``, ``s[i, j] = conv(K[h], k'[i] v[j]) + d[h] k'[i] v[j]``,
+    ``y[j] = sum_i q[i] s[i, j]``, with the filter K of `ssm_filter`. Both convolutions are causal. Any split of a
+    sequence into calls that hand the state on gives the same outputs and states.
+
+    Args:
+        q: Queries, shape (B, D, L), any strides; float16, bfloat16, float32 or float64.
+        k: Keys, same shape and dtype.
+        v: Values, same shape and dtype.
+        shift_filter: Filter of the shift SSM, shape (D, N), N >= 1 (may exceed L).
+        shift_d: Skip weight of the shift SSM, shape (D,).
+        log_a: log Abar of the diagonal SSM, shape (H, M, 2), pairs (re, im), float32 or float64.
+        b: Bbar, shape (H, M, 2), pairs.
+        c: C, shape (H, M, 2), pairs.
+        d: Skip weight of the diagonal SSM, shape (H,).
+        head_dim: Width P of a head; must divide D, and H must be D / P.
+        initial_state: State before the first sample, of B sequences, or of n_docs documents with ``cu_seqlens``; zero
+            when left out.
+        return_state: Return the state after the last sample too.
+        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
+            B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
+        impl: "auto" takes "torch".
+
+    Returns:
+        ``y``, shape (B, D, L), dtype of ``q``, channel order (h, j); with ``return_state``, ``(y, H3State)``.
+
+    Raises:
+        TypeError: If a tensor's dtype is none of those named above, or ``initial_state`` is no H3State.
+        ValueError: If shapes, dtypes of q, k, v, or devices disagree, L is 0, ``head_dim`` does not fit, or
+            ``cu_seqlens`` does not describe the sequence, or ``impl`` is unknown.
+        UnsupportedError: If ``impl="triton"``.
+
+    Source:
+        Fu et al. 2023 (arXiv:2212.14052), section 3 (algorithm 1) and section 4; docs/math/state_passing.md.
+    """
+    check_impl("h3_mix", impl)
+    check_signal("q", q)
+    batch, d_model, seqlen = q.shape
+    for name, signal in (("k", k), ("v", v)):
+        check_tensor(name, signal, "B, D, L", tuple(q.shape), like=q)
+        if signal.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {signal.dtype}")
+    check_mix_parameters(d_model, shift_filter, shift_d, log_a, b, c, d, head_dim, like=q)
+    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen)
+    if initial_state is not None:
+        n_states = batch if bounds is None else len(bounds) - 1
+        check_state("initial_state", initial_state, n_states, shift_filter, log_a, head_dim)
+    parameters = (shift_filter, shift_d, log_a, b, c, d)
+    y, state = h3_mix_reference(q, k, v, *parameters, head_dim, initial_state, bounds)
+    return (y, state) if return_state else y
+
+
+def check_mix_parameters(
+    d_model: int,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    head_dim: int,
+    *,
+    like: Tensor,
+) -> None:
+    """Raise unless the parameters are those of an H3 layer of width ``d_model``: arguments as in `h3_mix`."""
+    if not isinstance(head_dim, int):
+        raise TypeError(f"head_dim must be an integer, got {type(head_dim).__name__}")
+    if head_dim < 1 or d_model % head_dim:
+        raise ValueError(f"head_dim must be a positive divisor of D = {d_model}, got {head_dim}")
+    check_tensor("shift_filter", shift_filter, "D, N", (d_model, None), like=like)
+    if shift_filter.shape[1] < 1:
+        raise ValueError(f"shift_filter needs at least one tap, got shape {tuple(shift_filter.shape)}")
+    check_tensor("shift_d", shift_d, "D", (d_model,), like=like)
+    check_modes(log_a, b, c, n_heads=d_model // head_dim, like=like)
+    check_tensor("d", d, "H", (d_model // head_dim,), like=like)

@@ -1,0 +1,138 @@
+"""Causal convolution with the filter of a diagonal SSM, by passing states from chunk to chunk."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from hippos.ops.arguments import (
+    PARAMETER_DTYPES,
+    Impl,
+    check_impl,
+    check_modes,
+    check_signal,
+    check_tensor,
+    document_bounds,
+)
+from hippos.ops.ssm_conv.reference import ssm_conv_reference
+
+__all__ = ["ssm_conv"]
+
+
+@overload
+def ssm_conv(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    *,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor: ...
+
+
+@overload
+def ssm_conv(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    *,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def ssm_conv(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    *,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def ssm_conv(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    *,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve each channel causally with the filter of its own diagonal SSM.
+
+    With v = in_gate * u, computes ``y[t] = out_gate[t] * (sum_s K[s] v[t - s] + d * v[t])`` where
+    ``K[l] = 2 Re sum_m c_m b_m exp(l log_a_m)``, which is the recurrence x = Abar x + Bbar v, y = 2 Re sum_m C x read
+    from the new state. A state that is handed in adds what its past sends into y. All arithmetic is in float32, or
+    in float64 for float64 ``u``; parameters, gates and states are cast to that.
+
+    Args:
+        u: Input, shape (B, H, L), any strides; float16, bfloat16, float32 or float64.
+        log_a: log Abar, shape (H, M, 2), pairs (re, im), float32 or float64; real part in [-inf, 0] for a stable SSM.
+        b: Bbar, shape (H, M, 2), pairs.
+        c: C, shape (H, M, 2), pairs.
+        d: Skip weight of each channel, shape (H,).
+        in_gate: Factor on the input, shape (B, H, L), any strides.
+        out_gate: Factor on the output, shape (B, H, L), any strides.
+        initial_state: State before the first sample, shape (B, H, M, 2), or (n_docs, H, M, 2) with ``cu_seqlens``;
+            zero when left out.
+        return_state: Return the state after the last sample too.
+        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
+            B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
+        impl: "auto" takes "torch".
+
+    Returns:
+        ``y``, shape (B, H, L), dtype of ``u``; with ``return_state``, ``(y, state)``, the state shaped like
+        ``initial_state``, float32, or float64 if ``u`` is.
+
+    Raises:
+        TypeError: If a tensor's dtype is none of those named above (integer, complex, half parameters).
+        ValueError: If shapes or devices disagree, L is 0, ``cu_seqlens`` does not describe the sequence, or ``impl``
+            is unknown.
+        UnsupportedError: If ``impl="triton"``.
+
+    Source:
+        Fu et al. 2023 (arXiv:2212.14052), sections 2 and 4; derivation in docs/math/state_passing.md.
+    """
+    check_impl("ssm_conv", impl)
+    check_signal("u", u)
+    batch, n_heads, seqlen = u.shape
+    check_modes(log_a, b, c, n_heads=n_heads, like=u)
+    if d is not None:
+        check_tensor("d", d, "H", (n_heads,), like=u)
+    for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
+        if gate is not None:
+            check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
+    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen)
+    if initial_state is not None:
+        axes, n_states = ("B", batch) if bounds is None else ("n_docs", len(bounds) - 1)
+        sizes = (n_states, *log_a.shape)
+        check_tensor("initial_state", initial_state, f"{axes}, H, M, 2", sizes, like=u, dtypes=PARAMETER_DTYPES)
+    y, state = ssm_conv_reference(u, log_a, b, c, d, in_gate, out_gate, initial_state, bounds)
+    return (y, state) if return_state else y
