@@ -20,9 +20,11 @@ A suite is one module in `hippos.bench`::
 
 from hippos.bench.harness.case import Case, Context, Finding, Goal, Method, Plan, Suite, Workload
 from hippos.bench.harness.clock import Clock, measure_rounds, timed
+from hippos.bench.harness.figure import write_figures
 from hippos.bench.harness.machine import Machine, describe_machine
 from hippos.bench.harness.result import CaseResult, GoalResult, Row, SizeResult, SuiteResult
 from hippos.bench.harness.runner import run_suite
+from hippos.bench.harness.table import print_result
 
 __all__ = [
     "Case",
@@ -42,6 +44,8 @@ __all__ = [
     "Workload",
     "describe_machine",
     "measure_rounds",
+    "print_result",
     "run_suite",
     "timed",
+    "write_figures",
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from hippos.bench.harness.clock import Method
+
+if TYPE_CHECKING:
+    from hippos.bench.harness.result import CaseResult
 
 SizeT = TypeVar("SizeT")
 Samples = Mapping[tuple[str, str], list[float]]
@@ -122,6 +125,7 @@ class Case(Generic[SizeT]):
         quick_sizes: The table of a ``--quick`` run.
         prepare: Allocates a size.
         axis: Field of the size along the horizontal axis of the figure; None draws bars.
+        draw: Draws the case's figure itself, given Matplotlib's axes and the `CaseResult`.
         plan: Rounds.
         quick_plan: Rounds of a ``--quick`` run.
     """
@@ -132,6 +136,7 @@ class Case(Generic[SizeT]):
     quick_sizes: tuple[SizeT, ...]
     prepare: Callable[[SizeT, Context], Workload]
     axis: str | None = None
+    draw: Callable[[Any, CaseResult], None] | None = None
     plan: Plan = Plan()
     quick_plan: Plan = Plan(warmup=1, rounds=3)
 

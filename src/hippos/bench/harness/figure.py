@@ -1,0 +1,77 @@
+"""Results as pictures: lines over a case's axis, or bars where it has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hippos.bench.harness.case import Case
+from hippos.bench.harness.result import CaseResult, Row, SuiteResult
+
+
+def write_figures(result: SuiteResult, cases: tuple[Case[Any], ...], folder: Path) -> list[Path]:
+    """Draw one PNG a case, named as its JSON.
+
+    Args:
+        result: The run.
+        cases: The suite's cases, which may know how to draw themselves (`Case.draw`).
+        folder: Where; made if missing.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name = {case.name: case for case in cases}
+    paths = []
+    for measured in result.cases:
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        draw = by_name[measured.name].draw or (draw_lines if measured.axis else draw_bars)
+        draw(axes, measured)
+        where = result.machine.gpu or f"{result.machine.cpu}, {result.machine.n_threads} threads"
+        axes.set_title(f"{measured.title}\n{where}, {result.date:%Y-%m-%d}", fontsize=9)
+        axes.grid(alpha=0.3)
+        path = folder / f"{result.stem(measured)}.png"
+        figure.savefig(path, dpi=130)
+        paths.append(path)
+    return paths
+
+
+def draw_lines(axes: Any, case: CaseResult) -> None:
+    """Median time of each method over the case's axis, both logarithmic, with a band from minimum to maximum."""
+    axis = case.axis or ""
+    keys = dict.fromkeys((row.method, row.measure) for size in case.sizes for row in size.rows)
+    for key in keys:
+        points = [
+            (size.size[axis], row) for size in case.sizes for row in size.rows if (row.method, row.measure) == key
+        ]
+        positions = [position for position, _ in points]
+        line = axes.plot(positions, [row.median_s * 1e3 for _, row in points], marker="o", label=": ".join(key))[0]
+        low, high = ([row.spread_s[end] * 1e3 for _, row in points] for end in (0, 3))
+        axes.fill_between(positions, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    ticks = [size.size[axis] for size in case.sizes]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel(axis)
+    axes.set_ylabel("ms (median; band: min to max)")
+    axes.legend(fontsize=8)
+
+
+def draw_bars(axes: Any, case: CaseResult) -> None:
+    """Median time of each row as a bar, with whiskers from minimum to maximum."""
+    rows: list[tuple[str, Row]] = []
+    for size in case.sizes:
+        label = "" if len(case.sizes) == 1 else " ".join(str(value) for value in size.size.values())
+        rows += [(f"{label} {row.method}: {row.measure}".strip(), row) for row in size.rows]
+    medians = [row.median_s * 1e3 for _, row in rows]
+    low = [median - row.spread_s[0] * 1e3 for median, (_, row) in zip(medians, rows, strict=True)]
+    high = [row.spread_s[3] * 1e3 - median for median, (_, row) in zip(medians, rows, strict=True)]
+    axes.barh(range(len(rows)), medians, xerr=[low, high], capsize=3)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms (median; whiskers: min to max)")

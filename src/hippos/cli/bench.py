@@ -1,0 +1,71 @@
+"""``hippos bench``: speed, measured on this machine, each number after its check against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hippos.bench import suite_names  # standard library only
+
+
+def bench(
+    suite: Annotated[
+        str,
+        typer.Option(help=f"Suite: {', '.join(suite_names())}.", autocompletion=suite_names, metavar="NAME"),
+    ] = "cpu",
+    case: Annotated[
+        list[str] | None, typer.Option(help="Run only this case of the suite; may be given again.", metavar="NAME")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: proves the suite works, in seconds.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads for torch (by default every core of the machine).", metavar="N")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Timed rounds a size, instead of the suite's own number.", metavar="N")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write <case>_<machine>_<date>.json and .png into this folder.", metavar="FOLDER"),
+    ] = None,
+) -> None:
+    """Measure speed: all methods in interleaved rounds of one run, after each result is checked against float64.
+
+    Example: hippos bench --suite cpu --out benchmarks/results
+    """
+    import json
+
+    from rich.console import Console
+
+    from hippos.bench import load_suite
+    from hippos.bench.harness import print_result, run_suite, write_figures
+
+    chosen = load_suite(suite)
+    with _progress() as progress:
+        result = run_suite(
+            chosen, is_quick=quick, threads=threads, rounds=rounds, only=tuple(case or ()), progress=progress
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_data(), indent=1))
+    else:
+        print_result(result, Console())
+    if out is not None:
+        for path in [*result.write(out), *write_figures(result, chosen.cases, out)]:
+            typer.echo(f"wrote {path}", err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on standard error, which leaves standard output to the result."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda text, share: bar.update(task, description=text, completed=share)
