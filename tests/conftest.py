@@ -21,7 +21,7 @@ Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
 
 @pytest.fixture(scope="session")
 def golden_path() -> GoldenPath:
-    """Find a golden file by its full name, in tests/golden or else in $HIPPOS_SHARED/golden; skip the test without it."""
+    """Find a golden file by its full name in tests/golden or else in $HIPPOS_SHARED/golden; skip without it."""
 
     def find(filename: str) -> Path:
         folders = [LOCAL_GOLDEN]
@@ -39,7 +39,7 @@ def golden_path() -> GoldenPath:
 
 @pytest.fixture(scope="session")
 def golden(golden_path: GoldenPath) -> Golden:
-    """Load a golden case by its name without suffix: its tensors (none if there is only a .json) and its description."""
+    """Load a golden case by its name without suffix: its tensors (none if there is only .json) and description."""
 
     def load(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description = json.loads(golden_path(f"{name}.json").read_text())

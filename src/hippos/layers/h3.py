@@ -20,16 +20,17 @@ HEAD_LAYOUTS = ("hd", "dh")
 class H3(nn.Module):
     """Mix the tokens of a sequence causally: q * SSM_diag(SSM_shift(k) * v), projected in and out.
 
-    With P = head_dim and H = D/P heads, per head: k' = shift SSM of k (each channel its own), the P x P products k'_i v_j go
-    through the head's diagonal SSM, and o_j = sum_i q_i s_ij. The same function in three forms, which agree for every split
-    of a sequence: `forward` on a whole sequence, `forward` on one piece after the other (``initial_state``,
-    ``return_state``), and `step` token by token.
+    With P = head_dim and H = D/P heads, per head: k' = shift SSM of k (each channel its own), the P x P products
+    k'_i v_j go through the head's diagonal SSM, and o_j = sum_i q_i s_ij. The same function in three forms, which agree
+    for every split of a sequence: `forward` on a whole sequence, `forward` on one piece after the other
+    (``initial_state``, ``return_state``), and `step` token by token.
 
     Args:
         d_model: Width D of the tokens.
         d_state: State size N of both SSMs, even and at least 2.
         head_dim: Head width P, a divisor of D; 1 in every released model.
-        n_ssm: Number of different diagonal state matrices, a divisor of H (head h takes number h mod n_ssm); None for H.
+        n_ssm: Number of different diagonal state matrices, a divisor of H (head h takes number h mod n_ssm); None for
+            H.
         discretisation: "bilinear" or "zoh".
         init: Start of the diagonal SSM's frequencies: "diag-lin", "diag-inv", "diag-legs" or "diag".
         real_type: How its raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid" or "none".
@@ -141,12 +142,13 @@ class H3(nn.Module):
             return_state: Whether to give the state after the last token too.
             cu_seqlens: Bounds of packed documents, shape (n_docs + 1,), int32, from 0 to L; needs B = 1. Each document
                 starts from its own state, and the first axis of states counts documents.
-            mask: Real tokens, shape (B, L), bool or integer; where it is 0, key and value are zeroed after the projection
-                (their biases too), so that padding on the left leaves the state empty. Time passes on masked tokens: a
-                state behind padding on the right has decayed.
+            mask: Real tokens, shape (B, L), bool or integer; where it is 0, key and value are zeroed after the
+                projection (their biases too), so that padding on the left leaves the state empty. Time passes on masked
+                tokens: a state behind padding on the right has decayed.
 
         Returns:
-            Tokens, shape (B, L, D), dtype of the projections; with ``return_state`` also the state after the last token.
+            Tokens, shape (B, L, D), dtype of the projections; with ``return_state`` also the state after the last
+            token.
 
         Raises:
             ValueError: If a shape is wrong or L is 0.
@@ -154,9 +156,6 @@ class H3(nn.Module):
         """
         self._check_tokens(u, "(B, L, D)", 3)
         _check_mask(mask, u)
-        if initial_state is not None:
-            n_states = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-            self._check_state(initial_state, n_states)
         q, k, v = (project_to_channels(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D, L)
         if mask is not None:
             is_padding = (mask == 0).unsqueeze(1)
@@ -173,12 +172,14 @@ class H3(nn.Module):
                 return_state=return_state,
                 cu_seqlens=cu_seqlens,
             )
-        o, state = mixed if return_state else (mixed, None)
-        y = project_from_channels(self.out_proj, self._order_channels(o))
-        return y if state is None else (y, state)
+        if not isinstance(mixed, tuple):
+            return project_from_channels(self.out_proj, self._order_channels(mixed))
+        o, state = mixed
+        return project_from_channels(self.out_proj, self._order_channels(o)), state
 
+    @torch.no_grad()
     def step(self, u: Tensor, state: H3State) -> Tensor:
-        """Mix in one more token of each sequence; costs the same at every position.
+        """Mix in one more token of each sequence; costs the same at every position. No gradients flow.
 
         Args:
             u: The tokens, shape (B, D) or (B, 1, D), dtype of the projections.
@@ -194,7 +195,6 @@ class H3(nn.Module):
         if u.ndim == 3 and u.shape[1] == 1:
             return self.step(u.squeeze(1), state).unsqueeze(1)
         self._check_tokens(u, "(B, D) or (B, 1, D)", 2)
-        self._check_state(state, u.shape[0])
         q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)  # (B, D)
         with _without_autocast(u.device.type):
             shift, diag = self.shift.operators(reuse=True), self.diag.operators(reuse=True)
@@ -223,11 +223,11 @@ class H3(nn.Module):
         # A decode that starts here never calls forward, which would notice parameters written through .data.
         self.shift.forget()
         self.diag.forget()
-        shift_shape, diag_shape = self._state_shapes(batch)
         device = self.diag.D.device if device is None else device
+        heads = (self.n_heads,) if self.head_dim == 1 else (self.n_heads, self.head_dim, self.head_dim)
         return H3State(
-            torch.zeros(shift_shape, device=device, dtype=dtype or self._key_dtype()),
-            torch.zeros(diag_shape, device=device, dtype=self.diag.D.dtype),
+            torch.zeros(batch, self.d_model, self.d_state - 1, device=device, dtype=dtype or self._key_dtype()),
+            torch.zeros(batch, *heads, self.d_state // 2, 2, device=device, dtype=self.diag.D.dtype),
         )
 
     def param_groups(self, lr: float, weight_decay: float) -> list[ParamGroup]:
@@ -243,19 +243,16 @@ class H3(nn.Module):
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""
         if self.head_layout == "hd" or self.head_dim == 1:
             return o
-        return o.unflatten(1, (self.n_heads, self.head_dim)).transpose(1, 2).flatten(1, 2)
-
-    def _state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        heads = (self.n_heads,) if self.head_dim == 1 else (self.n_heads, self.head_dim, self.head_dim)
-        return (batch, self.d_model, self.d_state - 1), (batch, *heads, self.d_state // 2, 2)
+        by_head = o.reshape(o.shape[0], self.n_heads, self.head_dim, *o.shape[2:])
+        return by_head.transpose(1, 2).flatten(1, 2)
 
     def _key_dtype(self) -> torch.dtype:
         device_type = self.diag.D.device.type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
+        # Quantised weights are integers, and their outputs' dtype cannot be known here; float32 holds any key exactly.
         weight = getattr(self.k_proj, "weight", None)
-        is_float = isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float64)
-        return weight.dtype if is_float else torch.float32
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.diag.D.dtype
 
     def _check_tokens(self, u: Tensor, wanted: str, ndim: int) -> None:
         if u.ndim != ndim or u.shape[-1] != self.d_model:
@@ -268,14 +265,6 @@ class H3(nn.Module):
             dtype = self.q_proj.weight.dtype
             if u.dtype != dtype:
                 raise TypeError(f"u must have the dtype of the projections, {dtype}, got {u.dtype}")
-
-    def _check_state(self, state: H3State, batch: int) -> None:
-        shapes = tuple(state.shift.shape), tuple(state.diag.shape)
-        wanted = self._state_shapes(batch)
-        if shapes != wanted:
-            raise ValueError(
-                f"the state must have shapes shift {wanted[0]} and diag {wanted[1]}, got {shapes[0]} and {shapes[1]}"
-            )
 
 
 def _check_mask(mask: Tensor | None, u: Tensor) -> None:

@@ -25,8 +25,8 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Para
     """Sort a model's trainable parameters into optimiser groups, each parameter into exactly one.
 
     * "decay": weight matrices, at ``lr`` with ``weight_decay``.
-    * "no_decay": biases and other vectors, normalisations, embeddings (a tied output matrix counts as its embedding), and
-      what reads an SSM's state out (``C`` and ``D``), at ``lr`` without decay.
+    * "no_decay": biases and other vectors, normalisations, embeddings (a tied output matrix counts as its embedding),
+      and what reads an SSM's state out (``C`` and ``D``), at ``lr`` without decay.
     * "ssm" (or "ssm_<ssm_lr>", where the SSMs of one model differ): the dynamics of SSMs, which are ``log_dt``,
       ``A_real``, ``A_imag`` and ``B`` of a diagonal SSM and ``B`` of a shift SSM, at min(ssm_lr, ``lr``) without decay.
 
@@ -44,8 +44,8 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Para
         ValueError: If ``lr`` or ``weight_decay`` is negative.
 
     Source:
-        The recipe of Fu et al. 2023 (arXiv:2212.14052), which decays C and D as well; we do not, since decay pulls an SSM
-        towards silence.
+        The recipe of Fu et al. 2023 (arXiv:2212.14052), which decays C and D as well; we do not, since decay pulls an
+        SSM towards silence.
     """
     if not lr >= 0 or not weight_decay >= 0:
         raise ValueError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
@@ -11,8 +13,8 @@ def project_to_channels(linear: nn.Module, u: Tensor) -> Tensor:
     """Apply a linear module to tokens and give the result channels first.
 
     A plain ``nn.Linear`` is taken as W @ u^T, one matrix product whose result already has time innermost. Anything else
-    (LoRA, quantised or sharded weights, hooks, parametrisations) goes through its own call, and the result is a transposed
-    view.
+    (LoRA, quantised or sharded weights, hooks, parametrisations) goes through its own call, and the result is a
+    transposed view.
 
     Args:
         linear: A module that maps (B, L, D_in) to (B, L, D_out).
@@ -25,11 +27,9 @@ def project_to_channels(linear: nn.Module, u: Tensor) -> Tensor:
         return linear(u).transpose(1, 2)
     batch, seqlen, _ = u.shape
     columns = u.reshape(batch * seqlen, -1).t()  # (D_in, B * L)
-    if linear.bias is None:
-        out = linear.weight @ columns
-    else:
-        out = torch.addmm(linear.bias.unsqueeze(1), linear.weight, columns)
-    return out.unflatten(1, (batch, seqlen)).transpose(0, 1)
+    bias: Tensor | None = linear.bias
+    product = linear.weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), linear.weight, columns)
+    return product.view(-1, batch, seqlen).transpose(0, 1)
 
 
 def project_from_channels(linear: nn.Module, x: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ def project_from_channels(linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x.transpose(1, 2))
     batch, _, seqlen = x.shape
     rows = x.transpose(0, 1).flatten(1).t()  # (B * L, D_in)
-    return linear(rows).unflatten(0, (batch, seqlen))
+    return linear(rows).view(batch, seqlen, -1)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell whether a module is an ``nn.Linear`` whose call does nothing but multiply by ``weight`` and add ``bias``."""
     return (
         type(module) is nn.Linear
@@ -60,6 +60,6 @@ def is_plain_linear(module: nn.Module) -> bool:
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or torch_module._has_any_global_hook()
+            or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
         )
     )

@@ -39,6 +39,6 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
         angles = angles.unsqueeze(1)  # (B, 1, L, R/2)
     cos, sin = angles.cos(), angles.sin()
     half = angles.shape[-1]
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
     return torch.cat((turned, rest), dim=-1)

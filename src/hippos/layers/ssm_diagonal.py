@@ -35,7 +35,7 @@ DISCRETISATIONS = ("bilinear", "zoh")
 
 
 class DiagonalOperators(NamedTuple):
-    """What a bank of diagonal SSMs hands to the operators: ``log_a``, ``b``, ``c`` (H, M, 2) pairs and ``skip`` (H,)."""
+    """What a bank of diagonal SSMs hands to the operators: ``log_a``, ``b``, ``c`` (H, M, 2), and ``skip`` (H,)."""
 
     log_a: Tensor
     b: Tensor

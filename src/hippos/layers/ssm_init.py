@@ -1,6 +1,6 @@
 """Starting values of the eigenvalues of diagonal state matrices, by name.
 
-Every start has real part -1/2; the names differ in the imaginary parts, that is in the frequencies that a head listens to.
+Every start has real part -1/2; the names differ in the imaginary parts, that is in the frequencies that a head hears.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def initial_frequencies(init: str, n_ssm: int, n_modes: int) -> Tensor:
     """Give the imaginary parts that the state matrices start from.
 
     Args:
-        init: "diag-lin" (pi n), "diag-inv" ((N / pi) (N / (2n + 1) - 1)), "diag-legs" (the negative half of the spectrum
-            of HiPPO-LegS without its rank-one part), or "diag": the first half of the rows "diag-inv", the others
-            "diag-lin".
+        init: "diag-lin" (pi n), "diag-inv" ((N / pi) (N / (2n + 1) - 1)), "diag-legs" (the negative half of the
+            spectrum of HiPPO-LegS without its rank-one part), or "diag": the first half of the rows "diag-inv", the
+            others "diag-lin".
         n_ssm: Number of different state matrices S; even for "diag".
         n_modes: Complex modes M of each, half of d_state.
 

@@ -1,4 +1,4 @@
-"""What all SSM parametrisations share: full precision, learning rates of their own, operators that decoding can reuse."""
+"""What all SSM parametrisations share: full precision, learning rates of their own, operators kept for decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FULL_PRECISION_BYTES = 4
 
 
 def ssm_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """Give the dtype of SSM parameters and states in a layer of ``dtype`` (None: the default dtype): at least float32."""
+    """Give the dtype of SSM parameters in a layer of ``dtype`` (None: the default dtype): at least float32."""
     return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
@@ -26,8 +26,8 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
       module above move them but do not round them, since 8 bits of mantissa destroy the phases of slow modes. Only
       float64 (``.double()``) is taken over.
     * Calling the module gives the operators, so that hooks on a module's call (FSDP gathers parameters in one) work.
-    * Without gradients, `operators` with ``reuse=True`` answers from memory while the parameters are unchanged: a decode
-      step does not discretise again.
+    * Without gradients, `operators` with ``reuse=True`` answers from memory while the parameters are unchanged: a
+      decode step does not discretise again.
 
     Args:
         ssm_lr: Ceiling of the learning rate of the parameters named in ``dynamics``; 0 freezes them.
@@ -100,7 +100,7 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
             return applied
 
         self.forget()
-        return super()._apply(keep_precision, recurse)
+        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": None}
