@@ -17,7 +17,7 @@ import typer
 from hippos.cli import failures
 from hippos.version import __version__
 
-__all__ = ["VERBS", "app", "main"]
+__all__ = ["VERBS", "app", "app_verbs", "main"]
 
 # In the order in which a newcomer meets them.
 VERBS = ("train", "generate", "evaluate", "convert", "bench", "info")
@@ -52,9 +52,13 @@ def hippos(
         os.environ["HIPPOS_DEBUG"] = "1"
 
 
-for _verb in VERBS:
-    if find_spec(f"hippos.cli.{_verb}") is not None:
-        app.command(_verb)(getattr(import_module(f"hippos.cli.{_verb}"), _verb))
+def app_verbs() -> tuple[str, ...]:
+    """The verbs that exist, in the order of the help."""
+    return tuple(verb for verb in VERBS if find_spec(f"hippos.cli.{verb}") is not None)
+
+
+for _verb in app_verbs():
+    app.command(_verb)(getattr(import_module(f"hippos.cli.{_verb}"), _verb))
 
 
 def main() -> None:

@@ -1,0 +1,133 @@
+"""Opening a model and its tokenizer by what a person types: a folder, a training run, or a hub name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hippos.errors import CheckpointError, TokenizerError, UnsupportedError
+
+# Where a training run keeps its finished model.
+RUN_MODEL = "model"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_HUB_ANSWER_S = 10.0
+
+
+def load_text_model(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> tuple[Any, Any]:
+    """Open a model for writing text.
+
+    Args:
+        name: A model folder, a training run's folder, or the name of a model on the Hugging Face hub.
+        tokenizer: Folder or hub name of the tokenizer, if the model's folder has none.
+        dtype: Of the weights; "auto" keeps that of the checkpoint. SSM parameters of H3 stay float32.
+        device: "auto" takes the first CUDA device, or the CPU.
+
+    Returns:
+        The model in evaluation mode on ``device``, and its tokenizer.
+
+    Raises:
+        CheckpointError: If there is no such model, or it cannot be opened.
+        TokenizerError: If there is no tokenizer.
+        UnsupportedError: If the device is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hippos.models  # noqa: F401  (the command has not registered H3 yet)
+
+    place = find_device(device)
+    source = find_model(name)
+    tokenizer_source = _find_tokenizer(source, tokenizer)
+    try:
+        opened = AutoTokenizer.from_pretrained(tokenizer_source)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"no tokenizer can be read from {tokenizer_source}: {_first_line(error)}") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no model can be read from {source}: {_first_line(error)}") from error
+    return model.to(place).eval(), opened
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """The device meant by ``device``.
+
+    Raises:
+        UnsupportedError: If it is not a device's name, or this machine does not have it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedError(f"this machine has no device {str(device)!r}: {_first_line(error)}") from error
+    return place
+
+
+def find_model(name: str) -> str:
+    """The folder, or the hub name, that ``name`` means.
+
+    Raises:
+        CheckpointError: If it means nothing; the message says what was looked for.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(_model_in(path))
+    if path.exists():
+        raise CheckpointError(f"{name} is a file, not a model folder; hippos convert makes a folder of a checkpoint")
+    is_local = _HUB_NAME.fullmatch(name) is None or Path(path.parts[0]).is_dir()
+    if is_local:
+        raise CheckpointError(f"no model folder {name}")
+    reason = _why_not_on_hub(name)
+    if reason is not None:
+        raise CheckpointError(f"no model {name}: there is no such folder, and no such model on the hub ({reason})")
+    return name
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder that holds ``config.json``: ``folder`` itself, or the finished model of a training run."""
+    for candidate in (folder, folder / RUN_MODEL):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(f"{folder} holds no model: neither config.json nor {RUN_MODEL}/config.json is there")
+
+
+def _find_tokenizer(source: str, tokenizer: str | None) -> str:
+    """Where to read the tokenizer from; Transformers would make an empty one of a folder without any."""
+    if tokenizer is not None:
+        return tokenizer
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise TokenizerError(f"{source} holds no tokenizer (tokenizer.json); name one with --tokenizer")
+    return source
+
+
+def _why_not_on_hub(name: str) -> str | None:
+    """None if the hub or its local cache knows the model, else the reason; asks once, without retries."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "offline by HF_HUB_OFFLINE, and not in the local cache"
+    try:
+        HfApi().model_info(name, timeout=_HUB_ANSWER_S)
+    except Exception as error:  # whatever the HTTP library of the installed version raises
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,136 @@
+"""The command as a whole: how fast it answers, how it fails, what it promises in its help."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hippos import cli
+from hippos.cli import failures
+from hippos.errors import CorpusError
+
+
+def seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def test_help_answers_in_under_a_second(hippos):
+    assert statistics.median(seconds(lambda: hippos("--help")) for _ in range(3)) < 1.0
+
+
+def test_completion_answers_in_under_a_second_and_knows_the_verbs(hippos):
+    def complete(words: str, index: int) -> str:
+        return hippos(_HIPPOS_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(index)).stdout
+
+    assert {"generate", "info"} <= set(complete("hippos ", 1).split())
+    assert "--max-new-tokens" in complete("hippos generate --max", 2)
+    assert statistics.median(seconds(lambda: complete("hippos g", 1)) for _ in range(3)) < 1.0
+
+
+def test_help_of_every_verb_needs_no_torch():
+    script = """
+import sys, hippos_command
+from typer.testing import CliRunner
+from hippos import cli
+for args in [["--help"], *[[verb, "--help"] for verb in cli.app_verbs()]]:
+    result = CliRunner().invoke(cli.app, args)
+    assert result.exit_code == 0, (args, result.output, result.exception)
+print(*sorted({"torch", "transformers", "numpy", "triton"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("verb", cli.app_verbs())
+def test_every_verb_shows_an_example(verb):
+    text = CliRunner().invoke(cli.app, [verb, "--help"], env={"COLUMNS": "200"}).output
+    assert "Example:" in text
+    assert f"hippos {verb}" in text.split("Example:")[1]
+
+
+def test_version(hippos):
+    from hippos import __version__
+
+    assert hippos("--version").stdout == f"hippos {__version__}\n"
+
+
+def test_unknown_verb_is_a_usage_error(hippos):
+    done = hippos("trian")
+    assert done.returncode == 2
+    assert "trian" in done.stderr
+    assert done.stdout == ""
+
+
+def command_that_raises(error: BaseException) -> typer.Typer:
+    app = typer.Typer(cls=failures.PlainErrors, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def root() -> None:
+        pass
+
+    @app.command()
+    def verb() -> None:
+        raise error
+
+    return app
+
+
+@pytest.fixture(autouse=True)
+def no_debugging(monkeypatch):
+    monkeypatch.delenv("HIPPOS_DEBUG", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "exit_code"),
+    [
+        (CorpusError("corpus.txt holds\n  no text"), "hippos: error: corpus.txt holds no text", 1),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            "hippos: error: No such file or directory: a.txt",
+            1,
+        ),
+        (OSError("the hub\ndoes not answer"), "hippos: error: the hub does not answer", 1),
+        (KeyboardInterrupt(), "hippos: stopped: interrupted", 130),
+        (KeyboardInterrupt("saved; go on with --resume"), "hippos: stopped: saved; go on with --resume", 130),
+    ],
+)
+def test_expected_errors_are_one_plain_line(error, line, exit_code):
+    result = CliRunner().invoke(command_that_raises(error), ["verb"])
+    assert result.exit_code == exit_code
+    assert result.stderr == line + "\n"
+    assert result.stdout == ""
+
+
+def test_debugging_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("HIPPOS_DEBUG", "1")
+    error = CorpusError("no text")
+    assert CliRunner().invoke(command_that_raises(error), ["verb"]).exception is error
+
+
+def test_debug_option_shows_the_traceback(hippos):
+    done = hippos("--debug", "generate", "./no-such-model", "--prompt", "a")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "CheckpointError" in done.stderr
+
+
+def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", lambda: command_that_raises(RuntimeError("odd\nthing"))(["verb"]))
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert str(exit_info.value.code).startswith("hippos: error: unexpected RuntimeError: odd thing (")
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "hippos", "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("hippos ")
