@@ -1,0 +1,31 @@
+"""Text in, token blocks out: corpora, tokenizers, packing, and the order in which blocks are read."""
+
+from __future__ import annotations
+
+from hippos.data.blocks import BlockOrder, TokenBlocks, collate_blocks, collate_documents
+from hippos.data.corpus import Corpus, DatasetCorpus, FileCorpus, Part, open_corpus, split_corpus
+from hippos.data.documents import END_OF_TEXT, read_documents
+from hippos.data.packing import PackedTokens, pack, pack_in_memory
+from hippos.data.stdlib import stdlib_corpus
+from hippos.data.tokenizer import load_tokenizer, train_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "BlockOrder",
+    "Corpus",
+    "DatasetCorpus",
+    "FileCorpus",
+    "PackedTokens",
+    "Part",
+    "TokenBlocks",
+    "collate_blocks",
+    "collate_documents",
+    "load_tokenizer",
+    "open_corpus",
+    "pack",
+    "pack_in_memory",
+    "read_documents",
+    "split_corpus",
+    "stdlib_corpus",
+    "train_tokenizer",
+]

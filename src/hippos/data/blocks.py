@@ -1,0 +1,117 @@
+"""Blocks: how a packed corpus is cut into sequences, in which order they are read, and how they become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from hippos.data.packing import PackedTokens
+from hippos.errors import CorpusError
+
+__all__ = ["BlockOrder", "TokenBlocks", "collate_blocks", "collate_documents"]
+
+
+class TokenBlocks(Dataset[Tensor]):
+    """Consecutive blocks of ``seqlen + 1`` ids; neighbours share one id, so that each id but the first is predicted.
+
+    The rest that does not fill a block is left out.
+
+    Args:
+        packed: The corpus.
+        seqlen: Tokens a sequence, at least 1.
+        name: What the corpus is called in messages.
+
+    Raises:
+        CorpusError: If the corpus is shorter than one block.
+    """
+
+    def __init__(self, packed: PackedTokens, seqlen: int, *, name: str = "the corpus") -> None:
+        if packed.n_tokens < seqlen + 1:
+            raise CorpusError(
+                f"{name} is shorter than one sequence: it has {packed.n_tokens} tokens, and {seqlen + 1} are needed "
+                f"(seqlen {seqlen}, and one more to predict)"
+            )
+        self.packed = packed
+        self.seqlen = seqlen
+
+    def __len__(self) -> int:
+        return (self.packed.n_tokens - 1) // self.seqlen
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Block ``index``, shape (seqlen + 1,), int64."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * self.seqlen
+        return torch.from_numpy(self.packed.tokens[start : start + self.seqlen + 1].astype(np.int64))
+
+
+class BlockOrder(Sampler[int]):
+    """Which block comes when, for a whole run: one shuffle of all blocks after the other.
+
+    The order depends on the arguments only and not on any global random state, so that a run that stops and goes on
+    reads what an uninterrupted one would have read.
+
+    Args:
+        n_blocks: Blocks in the corpus.
+        n_samples: Blocks that the run reads, over all its epochs.
+        seed: Any integer from 0.
+    """
+
+    def __init__(self, n_blocks: int, n_samples: int, *, seed: int) -> None:
+        self.n_blocks = n_blocks
+        self.n_samples = n_samples
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def __iter__(self) -> Iterator[int]:
+        left = self.n_samples
+        epoch = 0
+        while left > 0:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)
+            yield from order[:left].tolist()
+            left -= self.n_blocks
+            epoch += 1
+
+
+def collate_blocks(blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Stack blocks to ``input_ids`` and ``targets``, each (B, L): target t is the id that follows input t."""
+    stacked = torch.stack(list(blocks))  # (B, L + 1)
+    return {"input_ids": stacked[:, :-1].contiguous(), "targets": stacked[:, 1:].contiguous()}
+
+
+def collate_documents(blocks: Sequence[Tensor], *, end_id: int) -> dict[str, Tensor]:
+    """Lay blocks behind one another in one row, with the starts of documents marked, so that nothing crosses them.
+
+    A sequence starts at each block and at each end token, which stands before the document that it opens.
+
+    Args:
+        blocks: B blocks of L + 1 ids.
+        end_id: Id of the end token.
+
+    Returns:
+        ``input_ids``, ``targets`` and ``position_ids`` (counting from 0 in each sequence), each (1, B * L), and
+        ``cu_seq_lens_q``, ``cu_seq_lens_k`` (n_sequences + 1,) int32, under the names of Transformers'
+        ``DataCollatorWithFlattening``.
+    """
+    batch = collate_blocks(blocks)
+    is_start = batch["input_ids"] == end_id
+    is_start[:, 0] = True
+    starts = is_start.flatten().nonzero().flatten()  # (n_sequences,)
+    n_tokens = is_start.numel()
+    cu_seqlens = torch.cat([starts, starts.new_tensor([n_tokens])])
+    lengths = cu_seqlens.diff()
+    position_ids = torch.arange(n_tokens) - torch.repeat_interleave(starts, lengths)
+    boundaries = cu_seqlens.to(torch.int32)
+    return {
+        "input_ids": batch["input_ids"].view(1, -1),
+        "targets": batch["targets"].view(1, -1),
+        "position_ids": position_ids.view(1, -1),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+    }

@@ -1,0 +1,8 @@
+"""Measures of a model: perplexity and bits per byte, and the n-gram models to compare them with."""
+
+from __future__ import annotations
+
+from hippos.evaluate.ngram import NgramModel
+from hippos.evaluate.perplexity import TextScore, score_packed, score_text, token_nll
+
+__all__ = ["NgramModel", "TextScore", "score_packed", "score_text", "token_nll"]
