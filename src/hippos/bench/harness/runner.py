@@ -34,7 +34,7 @@ def run_suite(
 
     Args:
         suite: The suite.
-        is_quick: Take the small sizes and few rounds that prove the suite works.
+        is_quick: Take the small sizes and few rounds that prove the suite works; no goal is judged by them.
         threads: Threads for torch while it runs; None takes every core that this process may use.
         rounds: Kept rounds a workload instead of each case's plan.
         only: Names of the cases to run; empty runs all.
@@ -120,7 +120,7 @@ def _run_size(case: Case[Any], size: Any, context: Context, plan: Plan, tracker:
         rows=tuple(_row(key, samples, workload, errors.get(key[0])) for key in samples),
         baseline=workload.baseline,
         work_unit=workload.work_unit,
-        goals=tuple(judge(goal, samples) for goal in workload.goals),
+        goals=() if context.is_quick else tuple(judge(goal, samples) for goal in workload.goals),
         findings=tuple(workload.findings(samples)) if workload.findings else (),
         notes=dict(workload.notes),
     )

@@ -1,0 +1,119 @@
+"""Tokens a second of Transformers' ``generate`` behind a prompt: an H3 hybrid against GPT-2, same settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from hippos.bench.cases.language_models import BUILDERS, decode_error, random_prompt
+from hippos.bench.harness import Clock, Context, Goal, Method, Workload
+from hippos.bench.harness.clock import Mark
+
+PREFILL, TOKEN, WHOLE = "prompt to first token", "one more token", "prompt and all tokens"
+
+
+@dataclass(frozen=True)
+class GenerationSize:
+    """What is generated, and by which models.
+
+    Args:
+        prompt_len: Tokens of the prompt.
+        new_tokens: Tokens written, at least 2.
+        batch: Sequences.
+        dtype: Dtype of the weights.
+        models: Name in tables to (kind in `BUILDERS`, fields of its configuration).
+        baseline: The model that the others are compared with.
+        has_goal: Whether the others must be at least as fast.
+    """
+
+    prompt_len: int
+    new_tokens: int
+    models: Mapping[str, tuple[str, Mapping[str, Any]]] = field(hash=False)
+    baseline: str
+    batch: int = 1
+    dtype: str = "float32"
+    has_goal: bool = True
+
+
+def prepare_generation(size: GenerationSize, context: Context) -> Workload:
+    """Build the models, each with random weights.
+
+    Args:
+        size: What is generated.
+        context: Where it runs.
+
+    Returns:
+        The workload: greedy ``generate`` with the model's own cache, timed at each token.
+    """
+    generator = context.generator()
+    models = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        for name, (kind, fields) in size.models.items():
+            models[name] = BUILDERS[kind](fields, dtype=size.dtype)
+    prompt = random_prompt(models[size.baseline], size.batch, size.prompt_len, generator)
+    check_len = min(64, size.prompt_len)
+    return Workload(
+        methods={name: _generating(model, prompt, size.new_tokens) for name, model in models.items()},
+        check=lambda: {name: decode_error(model, generator, prompt_len=check_len) for name, model in models.items()},
+        max_error=1e-4 if size.dtype == "float32" else 5e-2,
+        baseline=size.baseline,
+        work_per_call={TOKEN: size.batch, WHOLE: size.batch * size.new_tokens},
+        goals=tuple(_goals(size)) if size.has_goal else (),
+        notes={"settings": "generate(do_sample=False, use_cache=True), random weights, no end token"},
+    )
+
+
+def _goals(size: GenerationSize) -> list[Goal]:
+    return [
+        Goal(
+            f"{name} writes at least as many tokens/s as {size.baseline} ({measure}, {size.dtype})",
+            slow=(size.baseline, measure),
+            fast=(name, measure),
+            at_least=1.0,
+        )
+        for name in size.models
+        if name != size.baseline
+        for measure in (TOKEN, WHOLE)
+    ]
+
+
+class _TokenMarks(StoppingCriteria):
+    """Marks each token as `generate` has it, and stops nothing."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.marks: list[Mark] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.marks.append(self.clock.mark())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _generating(model: Any, prompt: Tensor, new_tokens: int) -> Method:
+    attention_mask = torch.ones_like(prompt)
+
+    def sample(clock: Clock) -> dict[str, float]:
+        tokens = _TokenMarks(clock)
+        start = clock.start()
+        model.generate(
+            prompt,
+            attention_mask=attention_mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            stopping_criteria=[tokens],
+        )
+        first, last = tokens.marks[0], tokens.marks[-1]
+        return {
+            PREFILL: clock.seconds(start, first),
+            TOKEN: clock.seconds(first, last) / (len(tokens.marks) - 1),
+            WHOLE: clock.seconds(start, last),
+        }
+
+    return sample
