@@ -93,13 +93,17 @@ def fft_convolution(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, d: Tensor) -
 
 def fast_fft_length(least: int) -> int:
     """The smallest even length of at least ``least`` whose prime factors are 2, 3 and 5."""
-    best = 1 << max(1, (least - 1).bit_length())
-    for odd in (3**i * 5**j for i in range(1, 20) for j in range(10)):
-        if odd < best:
-            power = max(1, math.ceil(math.log2(max(1.0, least / odd))))
-            candidate = odd << power
-            best = candidate if least <= candidate < best else best
-    return best
+    n_fft = max(2, least + least % 2)
+    while not _is_smooth(n_fft):
+        n_fft += 2
+    return n_fft
+
+
+def _is_smooth(n: int) -> bool:
+    for factor in (2, 3, 5):
+        while n % factor == 0:
+            n //= factor
+    return n == 1
 
 
 def _make_inputs(size: ConvSize, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:

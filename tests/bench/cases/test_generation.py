@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import torch
+
+from hippos.bench.cases.generation import PREFILL, TOKEN, WHOLE, GenerationSize, prepare_generation
+from hippos.bench.cpu import TINY_GPT2
+from hippos.bench.harness import Clock, Context
+
+CPU = Context(torch.device("cpu"))
+SIZE = GenerationSize(6, 3, {**TINY_GPT2, "again": TINY_GPT2["GPT-2 tiny"]}, "GPT-2 tiny")
+
+
+def test_every_model_is_checked_and_every_token_is_timed():
+    workload = prepare_generation(SIZE, CPU)
+    errors = workload.check()
+    assert set(errors) == {"GPT-2 tiny", "again"}
+    assert 0 < max(errors.values()) < 1e-5
+    sample = workload.methods["again"](Clock(CPU.device))
+    assert set(sample) == {PREFILL, TOKEN, WHOLE}
+    assert abs(sample[PREFILL] + 2 * sample[TOKEN] - sample[WHOLE]) < 1e-9
+    assert workload.work_per_call == {TOKEN: 1, WHOLE: 3}
+
+
+def test_goals_compare_with_the_baseline():
+    goals = prepare_generation(SIZE, CPU).goals
+    assert [(goal.slow, goal.fast, goal.at_least) for goal in goals] == [
+        (("GPT-2 tiny", TOKEN), ("again", TOKEN), 1.0),
+        (("GPT-2 tiny", WHOLE), ("again", WHOLE), 1.0),
+    ]
