@@ -139,7 +139,7 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         repeats = self.n_heads // self.n_ssm
         A, B = A.repeat(repeats, 1, 1), self.B.repeat(repeats, 1, 1)  # (H, M, 2)
         log_a, b = discretise(A, B, torch.exp(self.log_dt), method=self.discretisation)
-        return DiagonalOperators(log_a, b, self.C, self.D)
+        return DiagonalOperators(log_a, b, self.C.clone(), self.D.clone())
 
     def extra_repr(self) -> str:
         """Show the sizes and choices."""

@@ -48,7 +48,10 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
 
     @abc.abstractmethod
     def forward(self) -> Operators:
-        """Compute the operators from the parameters."""
+        """Compute the operators from the parameters.
+
+        No operator is a view or shares memory with a parameter: FSDP frees gathered parameters when this returns.
+        """
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:

@@ -79,7 +79,7 @@ class ShiftSSM(SSMModule[ShiftOperators]):
     def forward(self) -> ShiftOperators:
         """Compute the convolution filter, shape (D, N), and give it with the skip weights, shape (D,)."""
         self._check_precision()
-        return ShiftOperators(shift_filter(self.B, self.C), self.D)
+        return ShiftOperators(shift_filter(self.B, self.C).clone(), self.D.clone())
 
     def extra_repr(self) -> str:
         """Show the sizes."""
