@@ -1,0 +1,100 @@
+"""One layer of the model: mixer and MLP on the residual stream, with the cache where the mixer needs it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hippos.layers import H3, MLP
+from hippos.models.attention import CachedSelfAttention
+from hippos.models.cache import SSMCacheLayer
+from hippos.models.configuration_h3 import ATTENTION, H3Config
+from hippos.models.layout import TokenLayout
+
+
+class H3Block(GradientCheckpointingLayer):
+    """One layer of the model: mixer, then MLP, each on the normalised residual stream and added to it.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Place of the layer.
+    """
+
+    def __init__(self, config: H3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.dropout = config.residual_dropout
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = _make_mixer(config, layer_idx)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add what mixer and MLP find to the stream.
+
+        Args:
+            hidden_states: The stream, shape (B, L, D).
+            layout: Masks, documents and positions of the tokens.
+            past_key_values: The cache, updated.
+
+        Returns:
+            The stream, and attention weights if there are any.
+        """
+        mixed, weights = self._mix(self.norm1(hidden_states), layout, past_key_values)
+        hidden_states = hidden_states + F.dropout(mixed, self.dropout, self.training)
+        found = self.mlp(self.norm2(hidden_states))
+        return hidden_states + F.dropout(found, self.dropout, self.training), weights
+
+    def _mix(self, u: Tensor, layout: TokenLayout, past: Cache | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.mixer, CachedSelfAttention):
+            return self.mixer.mix(u, layout, past)
+        return mix_ssm(self.mixer, u, layout, None if past is None else past.layers[self.layer_idx]), None
+
+
+def _make_mixer(config: H3Config, layer_idx: int) -> H3 | CachedSelfAttention:
+    if config.layer_types[layer_idx] == ATTENTION:
+        return CachedSelfAttention(config, layer_idx)
+    return H3(
+        config.hidden_size,
+        d_state=config.state_size,
+        head_dim=config.head_dim,
+        n_ssm=config.n_ssm,
+        discretisation=config.discretisation,
+        init=config.ssm_init,
+        real_type=config.real_type,
+        dt_min=config.dt_min,
+        dt_max=config.dt_max,
+        head_layout=config.head_layout,
+        ssm_lr=config.ssm_lr,
+    )
+
+
+def mix_ssm(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer | None) -> Tensor:
+    """Run an SSM mixer in the form that fits: packed documents, a piece of a text, or one more token.
+
+    Args:
+        mixer: The layer.
+        u: Tokens, shape (B, L, D).
+        layout: Masks and documents of the tokens.
+        cached: Its states before these tokens, updated; None to start afresh and keep nothing.
+
+    Returns:
+        Tokens, shape (B, L, D).
+    """
+    if layout.cu_seqlens is not None:
+        packed = u.reshape(1, -1, u.shape[-1])  # (1, B * L, D)
+        return mixer(packed, cu_seqlens=layout.cu_seqlens).view_as(u)
+    if cached is None:
+        return mixer(u, mask=layout.real)
+    cached.count(u.shape[1])
+    state = cached.state
+    if u.shape[1] == 1 and state is not None and layout.real is None and not torch.is_grad_enabled():
+        return mixer.step(u, state)
+    y, state = mixer(u, initial_state=state, return_state=True, mask=layout.real)
+    cached.store(state)
+    return y

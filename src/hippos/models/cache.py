@@ -1,0 +1,159 @@
+"""States of the SSM layers inside Transformers' own caches, dynamic and static.
+
+A `DynamicCache` or `StaticCache` made for an `H3Config` already holds one entry a layer: keys and values for the
+attention layers, ``conv_states`` and ``recurrent_states`` for the others. `adopt` exchanges the latter entries for
+`SSMCacheLayer`, which keeps H3's two states there and can do what beam search and CUDA graphs ask of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from hippos.errors import UnsupportedError
+from hippos.models.configuration_h3 import LINEAR, H3Config
+from hippos.ops import H3State
+
+
+class SSMCacheLayer(LinearAttentionLayer):
+    """The states of one SSM layer, at fixed addresses from the first token on.
+
+    ``conv_states[0]`` is the shift state, the last N - 1 keys, shape (B, D, N - 1), oldest first, and
+    ``recurrent_states[0]`` the diagonal state, shape (B, H, M, 2) or (B, H, P, P, M, 2), float32 also in half-precision
+    models (float64 in float64 ones). No gradient flows through them.
+    """
+
+    @classmethod
+    def adopt(cls, layer: LinearAttentionLayer) -> Self:
+        """Make one that takes over what Transformers' own layer holds."""
+        adopted = cls()
+        adopted.__dict__.update(layer.__dict__)
+        return adopted
+
+    @property
+    def state(self) -> H3State | None:
+        """The states, to be updated in place; None before the first token."""
+        if not self.has_previous_state[0]:
+            return None
+        return H3State(self.conv_states[0], self.recurrent_states[0])
+
+    def store(self, state: H3State) -> None:
+        """Copy in the states after the tokens so far."""
+        state = H3State(state.shift.detach(), state.diag.detach())
+        if not self.is_conv_states_initialized[0]:
+            self.lazy_initialization(conv_states=state.shift, recurrent_states=state.diag)
+        if self.conv_states[0].shape != state.shift.shape:
+            wanted, got = self.conv_states[0].shape[0], state.shift.shape[0]
+            raise ValueError(f"the cache holds states of {wanted} sequences, got {got}")
+        self.conv_states[0].copy_(state.shift)
+        self.recurrent_states[0].copy_(state.diag)
+        self.has_previous_state[0] = True
+
+    def count(self, n_tokens: int) -> None:
+        """Take note that ``n_tokens`` more tokens were seen; only `CountingCacheLayer` does."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give sequence i the states of sequence ``beam_idx[i]``, in place."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        if self.is_conv_states_initialized[0]:
+            batch = self.conv_states[0].shape[0]
+            self._select(torch.arange(batch, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` (integers or a boolean mask)."""
+        self._select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget tokens.
+
+        Raises:
+            UnsupportedError: If there is something to remove.
+        """
+        if tokens_to_remove:
+            raise UnsupportedError(
+                "an SSM's state cannot be cropped: it does not keep single tokens; run the shorter text again, or keep "
+                "a copy.deepcopy of the cache"
+            )
+
+    def _select(self, indices: Tensor) -> None:
+        if not self.is_conv_states_initialized[0]:
+            return
+        for states in (self.conv_states, self.recurrent_states):
+            chosen = states[0][indices.to(states[0].device)]
+            if chosen.shape == states[0].shape:
+                states[0].copy_(chosen)
+            else:
+                states[0] = chosen
+
+
+class CountingCacheLayer(SSMCacheLayer, CacheLayerMixin):
+    """An SSM layer's states that also know how many tokens they have seen.
+
+    `generate` asks the cache for that number, and a cache without attention layers has nobody else to answer.
+    """
+
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        SSMCacheLayer.__init__(self)
+        # A tensor, as in Transformers' StaticLayer: a compiled decode step must not specialise on the number.
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def count(self, n_tokens: int) -> None:
+        """Add to the number of tokens seen."""
+        self.cumulative_length.add_(n_tokens)
+
+    def get_seq_length(self) -> Tensor:
+        """Give the number of tokens seen, as a tensor without axes."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Give the length and offset of a mask over the tokens seen and ``query_length`` more."""
+        return int(self.cumulative_length) + query_length, 0
+
+    def get_max_length(self) -> int:
+        """There is no longest text."""
+        return -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse keys and values."""
+        raise TypeError("an SSM layer has no keys and values to cache")
+
+    def reset(self) -> None:
+        """Go back to before the first token."""
+        SSMCacheLayer.reset(self)
+        self.cumulative_length.zero_()
+
+
+def adopt(cache: Cache, config: H3Config) -> None:
+    """Make a cache of Transformers ready for an H3 model, in place.
+
+    Args:
+        cache: A `DynamicCache` (made for ``config`` or for nothing in particular) or a `StaticCache` made for it.
+        config: The model's configuration.
+
+    Raises:
+        TypeError: If it is no cache.
+        ValueError: If it was made for other layers.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+    if not cache.layers and cache.layer_class_to_replicate is not None:
+        cache.layers = DynamicCache(config=config).layers
+        cache.layer_class_to_replicate = None
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers for a model of {config.num_hidden_layers}")
+    for i, kind in enumerate(config.layer_types):
+        layer = cache.layers[i]
+        if kind == LINEAR and type(layer) is LinearAttentionLayer:
+            counts = i == 0 and not config.attn_layers
+            cache.layers[i] = (CountingCacheLayer if counts else SSMCacheLayer).adopt(layer)
+        elif isinstance(layer, LinearAttentionCacheLayerMixin) != (kind == LINEAR):
+            raise ValueError(f"past_key_values has a {type(layer).__name__} for layer {i}, which is {kind}")

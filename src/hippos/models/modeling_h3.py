@@ -1,0 +1,340 @@
+"""H3 language models in Transformers' conventions: blocks of mixer and MLP on a residual stream, with a tied head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from hippos.layers import SSMModule
+from hippos.models.attention import CachedSelfAttention
+from hippos.models.block import H3Block
+from hippos.models.cache import adopt
+from hippos.models.configuration_h3 import H3Config
+from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
+from hippos.models.tokens import check_tokens, check_vocabulary
+
+
+class H3PreTrainedModel(PreTrainedModel):
+    """What all H3 models share: how they are initialised, loaded, compiled and resized."""
+
+    config_class = H3Config
+    config: H3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["H3Block"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift", "diag"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The state cannot be rolled back, so `generate` refuses assisted decoding.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SSMModule):
+            _reset_unloaded(module)
+            return
+        super()._init_weights(module)
+        if isinstance(module, H3Block):
+            last = [module.mlp.fc2]
+            if isinstance(module.mixer, CachedSelfAttention) or self.config.rescale_mixer_out_proj:
+                last.append(module.mixer.out_proj)
+            for linear in last:
+                if not getattr(linear.weight, "_is_hf_initialized", False):
+                    linear.weight.div_(math.sqrt(2 * self.config.num_hidden_layers))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the vocabulary; the rows beyond it that only fill up the embedding are given up.
+
+        Args:
+            new_num_tokens: Tokens of the new vocabulary; None changes nothing.
+            pad_to_multiple_of: Round the stored rows up to a multiple; None stores exactly the vocabulary.
+            mean_resizing: Draw new rows around the mean of the old ones.
+
+        Returns:
+            The embedding.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        vocab_size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if vocab_size > self.config.vocab_size < self.config.padded_vocab_size:
+            # What was padding holds no trained rows to keep, nor to take the mean of.
+            super().resize_token_embeddings(self.config.vocab_size, mean_resizing=False)
+        embedding = super().resize_token_embeddings(vocab_size, pad_to_multiple_of, mean_resizing)
+        self.config.vocab_size = vocab_size
+        self.config.padded_vocab_size = embedding.num_embeddings
+        return embedding
+
+
+def _reset_unloaded(module: SSMModule[Any]) -> None:
+    """Draw the parameters of an SSM that no checkpoint gave."""
+    loaded = {
+        name: parameter.clone()
+        for name, parameter in module.named_parameters()
+        if getattr(parameter, "_is_hf_initialized", False)
+    }
+    if len(loaded) == len(list(module.parameters())):
+        return
+    module.reset_parameters()
+    for name, value in loaded.items():
+        module.get_parameter(name).copy_(value)
+
+
+class H3Model(H3PreTrainedModel):
+    """The stack of blocks, from token ids to normalised hidden states.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: H3Config) -> None:
+        config.check()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(H3Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Read texts.
+
+        Args:
+            input_ids: Token ids below ``vocab_size``, shape (B, L), L >= 1. On a CPU each is checked; a GPU is not made
+                to wait, there `generate` checks the prompt.
+            attention_mask: 1 at real tokens, shape (B, past tokens + L); the real tokens of a text are in one piece.
+                Padding on the left changes nothing for the tokens behind it. With padding on the right the outputs of
+                the tokens before are right, but the states are not to be gone on from: no cache is returned, and asking
+                for one is an error. Or the masks that `generate` prepares for compiled steps, by layer type.
+            position_ids: Positions, shape (B, L) or (1, L). Without padding and cache, a position that is not the one
+                before plus one begins a new document; else only rotary attention reads them.
+            past_key_values: Keys, values and states of the tokens before, updated in place: a `DynamicCache` or
+                `StaticCache` of Transformers. No gradient flows through the SSM layers' states.
+            inputs_embeds: Embeddings in place of ``input_ids``, shape (B, L, D).
+            use_cache: Whether to return a cache. None: if ``config.use_cache``, outside training, and where it makes
+                sense (not for padding on the right or packed documents).
+            output_hidden_states: Return the stream before each block and the normalised end of it.
+            output_attentions: Return the attention layers' weights; needs ``attn_implementation="eager"``.
+            return_dict: False for a tuple.
+            seq_idx: Number of each token's document in a packed batch, shape (B, L).
+            cu_seq_lens_q: Bounds of the documents packed into one row, shape (n_docs + 1,), from 0 to L.
+            cu_seq_lens_k: The same again, as data collators give it; not read.
+            max_length_q: Length of the longest document; not read.
+            max_length_k: The same again; not read.
+
+        Returns:
+            Hidden states, shape (B, L, D), and what was asked for.
+
+        Raises:
+            ValueError: If arguments are missing, wrong or contradict each other; each message says which.
+            TypeError: If a dtype or the cache's type is wrong.
+        """
+        tokens = check_tokens(input_ids, inputs_embeds, self.config.vocab_size)
+        padding = read_padding(attention_mask, tokens, past_key_values)
+        packing = (position_ids, seq_idx, cu_seq_lens_q)
+        if padding.real is not None or past_key_values is not None:
+            if seq_idx is not None or cu_seq_lens_q is not None:
+                raise ValueError(
+                    "packed documents (seq_idx, cu_seq_lens_q) go with neither padding nor past_key_values"
+                )
+            packing = (None, None, None)
+        cu_seqlens = read_documents(tokens, *packing)
+        past_key_values = self._choose_cache(use_cache, past_key_values, padding.is_right, cu_seqlens is not None)
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        layout = lay_out(
+            self.config, hidden_states, attention_mask, position_ids, past_key_values, padding.real, cu_seqlens
+        )
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        if wants_weights and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs a model loaded with attn_implementation="eager"')
+        states: list[Tensor] = []
+        all_weights: list[Tensor] = []
+        hidden_states = F.dropout(hidden_states, self.config.embedding_dropout, self.training)
+        for block in self.layers:
+            states.append(hidden_states)
+            hidden_states, weights = block(hidden_states, layout=layout, past_key_values=past_key_values)
+            if weights is not None:
+                all_weights.append(weights)
+        hidden_states = self.norm(hidden_states)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache is not False else None,
+            hidden_states=(*states, hidden_states) if wants_states else None,
+            attentions=tuple(all_weights) if wants_weights else None,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _choose_cache(
+        self, use_cache: bool | None, past: Cache | None, is_right: bool, is_packed: bool
+    ) -> Cache | None:
+        """Give the cache to fill, ready for this model, or None."""
+        if past is not None or use_cache:
+            if is_right:
+                raise ValueError("padding on the right corrupts the states behind it; pad on the left to use a cache")
+            if is_packed:
+                raise ValueError("packed documents leave no one state to go on from; pass use_cache=False")
+            if self.gradient_checkpointing and self.training:
+                raise ValueError("a cache cannot be kept with gradient checkpointing; pass use_cache=False")
+        elif use_cache is None and self.config.use_cache and not (self.training or is_right or is_packed):
+            use_cache = True
+        if past is None and not use_cache:
+            return None
+        past = DynamicCache(config=self.config) if past is None else past
+        adopt(past, self.config)
+        return past
+
+
+class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
+    """An H3 language model: `H3Model` and the output product over the vocabulary.
+
+    Args:
+        config: The configuration.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__(config)
+        self.model = H3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict the next token of texts; what is not listed is as in `H3Model.forward`.
+
+        Args:
+            input_ids: Token ids, shape (B, L).
+            attention_mask: 1 at real tokens.
+            position_ids: Positions; without mask and cache they tell packed documents apart.
+            past_key_values: The cache, updated in place.
+            inputs_embeds: Embeddings in place of ids.
+            labels: Ids to predict, shape (B, L), aligned with ``input_ids`` (the shift by one happens here); -100 for
+                tokens that do not count. The first token of a packed document never counts: nothing before it
+                predicts it.
+            use_cache: Whether to return a cache.
+            output_hidden_states: Return the stream before each block and its normalised end.
+            output_attentions: Return the attention layers' weights.
+            return_dict: False for a tuple.
+            logits_to_keep: How many logits from the end to compute, 0 for all, or which, a tensor of indices.
+            seq_idx: Number of each token's document in a packed batch.
+            cu_seq_lens_q: Bounds of packed documents.
+            cu_seq_lens_k: Not read.
+            max_length_q: Not read.
+            max_length_k: Not read.
+            num_items_in_batch: The loss is the sum over tokens divided by this, instead of the mean.
+            **loss_kwargs: For the model's ``loss_function``.
+
+        Returns:
+            Loss (nats per token, if there are labels), logits, shape (B, L, vocab_size), and what was asked for.
+
+        Raises:
+            ValueError: As `H3Model.forward`.
+            TypeError: As `H3Model.forward`; also for an argument that nobody reads.
+        """
+        if loss_kwargs and labels is None:
+            raise TypeError(f"H3ForCausalLM.forward got unexpected arguments {', '.join(loss_kwargs)}")
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+        )
+        hidden_states = output.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            kept = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        else:
+            kept = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(kept)[..., : self.config.vocab_size]
+        loss = None
+        if labels is not None:
+            is_packable = past_key_values is None and read_padding(attention_mask, labels, None).real is None
+            if is_packable and labels.shape == hidden_states.shape[:2]:
+                is_first = find_first_tokens(labels, position_ids, seq_idx, cu_seq_lens_q)
+                labels = labels if is_first is None else labels.masked_fill(is_first, -100)
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, **loss_kwargs
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Prepare one call of `generate`: Transformers' own way, and a look at the prompt's ids on any device."""
+        if is_first_iteration and input_ids.numel():
+            check_vocabulary(input_ids, self.config.vocab_size)
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        # `generate` asks the cache for its length before the model sees it.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get("past_key_values") is not None:
+            adopt(model_kwargs["past_key_values"], self.config)
+
+    def _get_static_cache_init_shape(self) -> tuple[int, int] | None:
+        # Transformers takes config.head_dim for that of the attention layers; here it is the H3 layers'.
+        shape = super()._get_static_cache_init_shape()
+        return None if shape is None else (shape[0], self.config.attention_head_dim)
