@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hippos.cli.quiet import quiet_transformers
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder, training run, or name on the Hugging Face hub.")],
@@ -60,6 +62,7 @@ def generate(
         stop=tuple(stop or ()),
     )
     with _waiting("Opening the model"):
+        quiet_transformers()
         opened = load_text_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
     stream = stream_text(*opened, text, sampling)
     if as_json:

@@ -41,7 +41,7 @@ def load_text_model(
         TokenizerError: If there is no tokenizer.
         UnsupportedError: If the device is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     import hippos.models  # noqa: F401  (the command has not registered H3 yet)
 
@@ -52,11 +52,22 @@ def load_text_model(
         opened = AutoTokenizer.from_pretrained(tokenizer_source)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"no tokenizer can be read from {tokenizer_source}: {_first_line(error)}") from error
+    return _open_model(source, dtype).to(place).eval(), opened
+
+
+def _open_model(source: str, dtype: str | torch.dtype) -> Any:
+    """The model, every weight of it from the checkpoint: Transformers only warns of those it had to make up."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"no model can be read from {source}: {_first_line(error)}") from error
-    return model.to(place).eval(), opened
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(f"{source} lacks {len(missing)} of the model's weights, {missing[0]} among them")
+    return model
 
 
 def find_device(device: str | torch.device) -> torch.device:
