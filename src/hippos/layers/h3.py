@@ -55,7 +55,7 @@ class H3(nn.Module):
         ValueError: If a size, range or name is not one of the above.
 
     Source:
-        Fu et al. 2023 (arXiv:2212.14052), section 3.1 and algorithm 1; docs/math/h3_layer.md.
+        Fu et al. 2023 (arXiv:2212.14052), section 3 and algorithm 1; docs/math/h3_layer.md.
     """
 
     def __init__(

@@ -44,8 +44,8 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Para
         ValueError: If ``lr`` or ``weight_decay`` is negative.
 
     Source:
-        The recipe of Fu et al. 2023 (arXiv:2212.14052), which decays C and D as well; we do not, since decay pulls an
-        SSM towards silence.
+        The recipe of Fu et al. 2023 (arXiv:2212.14052). Their public code decays C like a weight matrix; we do not,
+        since decay pulls an SSM towards silence.
     """
     if not lr >= 0 or not weight_decay >= 0:
         raise ValueError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}")

@@ -74,7 +74,7 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         ValueError: If a size, range or name is not one of the above.
 
     Source:
-        Fu et al. 2023 (arXiv:2212.14052), section 3.1; Gu et al. 2022 (arXiv:2206.11893).
+        Fu et al. 2023 (arXiv:2212.14052), section 3; Gu et al. 2022 (arXiv:2206.11893).
     """
 
     dynamics = ("log_dt", "A_real", "A_imag", "B")

@@ -40,7 +40,7 @@ class ShiftSSM(SSMModule[ShiftOperators]):
         ValueError: If ``d_model`` < 1, ``d_state`` < 2 or ``ssm_lr`` < 0.
 
     Source:
-        Fu et al. 2023 (arXiv:2212.14052), section 3.1.
+        Fu et al. 2023 (arXiv:2212.14052), section 3.
     """
 
     dynamics = ("B",)
