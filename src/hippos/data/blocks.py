@@ -86,32 +86,21 @@ def collate_blocks(blocks: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def collate_documents(blocks: Sequence[Tensor], *, end_id: int) -> dict[str, Tensor]:
-    """Lay blocks behind one another in one row, with the starts of documents marked, so that nothing crosses them.
+    """Stack blocks as `collate_blocks` does, and mark where documents start, so that nothing crosses from one to another.
 
-    A sequence starts at each block and at each end token, which stands before the document that it opens.
+    A document starts at each block's first id and at each end token, which stands before the document that it opens.
 
     Args:
         blocks: B blocks of L + 1 ids.
         end_id: Id of the end token.
 
     Returns:
-        ``input_ids``, ``targets`` and ``position_ids`` (counting from 0 in each sequence), each (1, B * L), and
-        ``cu_seq_lens_q``, ``cu_seq_lens_k`` (n_sequences + 1,) int32, under the names of Transformers'
-        ``DataCollatorWithFlattening``.
+        ``input_ids``, ``targets`` and ``position_ids``, each (B, L); positions count from 0 in each document, by which
+        Transformers' models, ours too, know packed documents.
     """
     batch = collate_blocks(blocks)
     is_start = batch["input_ids"] == end_id
     is_start[:, 0] = True
-    starts = is_start.flatten().nonzero().flatten()  # (n_sequences,)
-    n_tokens = is_start.numel()
-    cu_seqlens = torch.cat([starts, starts.new_tensor([n_tokens])])
-    lengths = cu_seqlens.diff()
-    position_ids = torch.arange(n_tokens) - torch.repeat_interleave(starts, lengths)
-    boundaries = cu_seqlens.to(torch.int32)
-    return {
-        "input_ids": batch["input_ids"].view(1, -1),
-        "targets": batch["targets"].view(1, -1),
-        "position_ids": position_ids.view(1, -1),
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-    }
+    position = torch.arange(is_start.shape[1]).expand_as(is_start)
+    last_start = torch.where(is_start, position, 0).cummax(dim=1).values
+    return {**batch, "position_ids": position - last_start}

@@ -1,0 +1,95 @@
+"""What a person sees of a run: a bar with loss, speed and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+__all__ = ["RunProgress", "format_seconds"]
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as ``m:ss``, or ``h:mm:ss`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class RunProgress:
+    """Reports a run on standard error.
+
+    Args:
+        is_quiet: Say nothing at all.
+        console: Where to report; by default standard error.
+    """
+
+    def __init__(self, *, is_quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def note(self, text: str) -> None:
+        """Print one line of text."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def work(self, text: str) -> Iterator[None]:
+        """Show what is being done while a block that may take seconds runs."""
+        if not self.console.is_terminal or self._bar is not None:
+            self.note(f"{text} ...")
+            yield
+            return
+        with self.console.status(text):
+            yield
+        self.note(f"{text} ... done")
+
+    @contextmanager
+    def steps(self, total: int, done: int) -> Iterator[None]:
+        """Show a bar over the steps of a run while the block runs."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            _Fields(),
+        )
+        with Progress(*columns, console=self.console) as self._bar:
+            self._task = self._bar.add_task("train", total=total, completed=done, shown="")
+            try:
+                yield
+            finally:
+                self._bar.refresh()
+        self._bar = None
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def metrics(self, step: int, total: int, row: Mapping[str, float], seconds_left: float) -> None:
+        """Show a row of training metrics."""
+        text = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  {format_seconds(seconds_left)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, shown=text)
+        else:
+            self.note(f"step {step}/{total}  {text}")
+
+    def validation(self, step: int, row: Mapping[str, float]) -> None:
+        """Print a row of validation metrics."""
+        self.note(
+            f"step {step}: validation perplexity {row['validation_perplexity']:.2f}, "
+            f"{row['validation_bits_per_byte']:.3f} bits per byte"
+        )
+
+
+class _Fields(ProgressColumn):
+    """Loss, speed and time left, as the last row of metrics gave them."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["shown"]))

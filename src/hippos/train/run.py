@@ -1,0 +1,211 @@
+"""`train`: one call that runs a training, from the text to the finished model, or goes on with one that stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hippos.train.checkpoints import checkpoint_step
+from hippos.train.closing import ngram_scores, write_sample
+from hippos.train.config import RunConfig, TrainConfig
+from hippos.train.folder import (
+    begin_run,
+    check_same_data,
+    check_same_model,
+    export_model,
+    read_summary,
+    resume_run,
+    write_data,
+    write_summary,
+)
+from hippos.train.metrics import MetricsLog, read_metrics
+from hippos.train.preparation import PreparedData, make_model, model_config, prepare_data
+from hippos.train.progress import RunProgress
+from hippos.train.signals import StopRequest
+from hippos.train.storage import storage_error
+
+if TYPE_CHECKING:
+    from hippos.models import H3ForCausalLM
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Args:
+        run: The run's folder.
+        config: Its configuration.
+        step: Steps done.
+        stopped_by: The signal that asked for the end, None if the run finished.
+        summary: What the finished run found, None if it did not finish.
+    """
+
+    run: Path
+    config: TrainConfig
+    step: int
+    stopped_by: signal.Signals | None
+    summary: dict[str, Any] | None
+
+
+def train(
+    config: TrainConfig | None,
+    run: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: RunProgress | None = None,
+) -> TrainResult:
+    """Train a model.
+
+    The folder ``run`` gets the complete configuration (``run.json``), the tokenizer, ``metrics.jsonl`` and a
+    TensorBoard log, checkpoints, and at the end the model, as Transformers saves it, with a ``summary.json``. SIGINT
+    and SIGTERM end the run after the step at hand, with a checkpoint.
+
+    Args:
+        config: What to train; None, only with ``resume``: what the run was started with.
+        run: The run's folder.
+        resume: Go on from the last complete checkpoint, bit for bit as if nothing had happened; without one, from the
+            beginning.
+        overwrite: Replace the run that the folder holds.
+        progress: What the user sees.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ConfigError: If the configuration is wrong.
+        CorpusError: If the text is missing, empty, binary or too short.
+        TokenizerError: If the tokenizer is missing.
+        TrainingError: If the folder holds another run or none to resume, the configuration has changed, the loss is not
+            finite, or the disk is full.
+    """
+    progress = progress or RunProgress()
+    checkpoint = None
+    if resume:
+        config, checkpoint = resume_run(config, run)
+    elif config is None:
+        raise ValueError("a new run needs a configuration")
+    else:
+        begin_run(config, run, overwrite=overwrite)
+    done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    if resume:
+        progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
+        if done >= config.optim.steps and (summary := read_summary(run)) is not None:
+            return TrainResult(run, config, done, None, summary)
+    try:
+        with _deterministic(config.run):
+            return _train(config, run, checkpoint, progress)
+    except OSError as error:
+        raise storage_error(error, run, "write") from error
+
+
+def _train(config: TrainConfig, run: Path, checkpoint: Path | None, progress: RunProgress) -> TrainResult:
+    """Prepare, loop, close."""
+    data = prepare_data(config, run, progress, tokenizer_folder=checkpoint)
+    wanted = model_config(config, data.tokenizer)
+    if checkpoint is None:
+        write_data(run, data)
+        wanted.save_pretrained(run)
+    else:
+        check_same_data(run, data)
+        check_same_model(checkpoint, wanted)
+    model = make_model(wanted, seed=config.optim.seed)
+    progress.note(f"Model: {model.num_parameters():,} parameters, attention in layers {list(wanted.attn_layers)}")
+    with StopRequest() as stop:
+        model, step = _loop(config, run, checkpoint, data, model, progress, stop)
+    if step < config.optim.steps:
+        return TrainResult(run, config, step, stop.signal, None)
+    summary = _close(config, run, data, model, progress)
+    return TrainResult(run, config, step, None, summary)
+
+
+def _loop(
+    config: TrainConfig,
+    run: Path,
+    checkpoint: Path | None,
+    data: PreparedData,
+    model: H3ForCausalLM,
+    progress: RunProgress,
+    stop: StopRequest,
+) -> tuple[H3ForCausalLM, int]:
+    """Train from the checkpoint, or from the start, to the end or to a request to stop; model and steps done."""
+    from hippos.train.trainer import RunTrainer
+
+    done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    if checkpoint is not None and done >= config.optim.steps:
+        return type(model).from_pretrained(checkpoint, dtype=torch.float32), done
+    metrics = MetricsLog(run, after_step=done, use_tensorboard=config.run.tensorboard)
+    try:
+        trainer = RunTrainer(
+            model=model,
+            tokenizer=data.tokenizer,
+            config=config,
+            run=run,
+            blocks=data.blocks,
+            validation=data.validation,
+            metrics=metrics,
+            progress=progress,
+            stop=stop,
+        )
+        if checkpoint is not None:
+            trainer.restore_window(checkpoint)
+        with progress.steps(config.optim.steps, done):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        metrics.close()
+    return trainer.model, trainer.state.global_step
+
+
+def _close(
+    config: TrainConfig, run: Path, data: PreparedData, model: H3ForCausalLM, progress: RunProgress
+) -> dict[str, Any]:
+    """Export the model, measure what the configuration asks for, and write the summary."""
+    export_model(model, run)
+    rows = read_metrics(run)
+    last = {name: value for row in rows for name, value in row.items()}
+    summary: dict[str, Any] = {
+        "steps": config.optim.steps,
+        "parameters": model.num_parameters(),
+        "tokens": last["tokens"],
+        "loss": last["loss"],
+        "validation": {name: last[f"validation_{name}"] for name in ("nll", "perplexity", "bits_per_byte")},
+    }
+    if config.run.baselines:
+        with progress.work("Counting unigrams and trigrams"):
+            scores = ngram_scores(data.train, data.validation, len(data.tokenizer))
+        summary["baselines"] = {name: {"bits_per_byte": score.bits_per_byte} for name, score in scores.items()}
+    if config.run.sample_prompt:
+        with progress.work("Writing a sample"):
+            summary["sample"] = write_sample(
+                model,
+                data.tokenizer,
+                config.run.sample_prompt,
+                max_new_tokens=config.run.sample_tokens,
+                seed=config.optim.seed,
+            )
+    write_summary(run, summary)
+    return summary
+
+
+@contextmanager
+def _deterministic(run: RunConfig) -> Iterator[None]:
+    """On CUDA, allow only algorithms that repeat bit for bit while the block runs."""
+    if not (run.deterministic and torch.cuda.is_available()):
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is only deterministic with a fixed workspace
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
