@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from hippos.models.configuration_h3 import H3Config
-from hippos.models.modeling_h3 import H3ForCausalLM, H3Model, H3PreTrainedModel
 from hippos.models.presets import PRESETS
+from hippos.models.registration import load_models, register_deferred
+
+if TYPE_CHECKING:
+    from hippos.models.modeling_h3 import H3ForCausalLM, H3Model, H3PreTrainedModel
 
 __all__ = ["PRESETS", "H3Config", "H3ForCausalLM", "H3Model", "H3PreTrainedModel"]
 
-AutoConfig.register("h3", H3Config, exist_ok=True)
-AutoModel.register(H3Config, H3Model, exist_ok=True)
-AutoModelForCausalLM.register(H3Config, H3ForCausalLM, exist_ok=True)
+register_deferred()
+
+
+# The model classes come when they are first wanted: importing Transformers' model code takes seconds.
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hippos.models' has no attribute {name!r}")
+    return getattr(load_models(), name)
