@@ -34,15 +34,19 @@ def test_opens_in_another_dtype(folder):
     assert load_text_model(str(folder), dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_opens_the_finished_model_of_a_training_run(folder, tmp_path):
+def test_checkpoint_takes_the_tokenizer_of_its_run(folder, tmp_path, tokenizer):
     run = tmp_path / "run"
     run.mkdir()
-    folder.rename(run / load.RUN_MODEL)
-    assert find_model(str(run)) == str(run / load.RUN_MODEL)
+    for file in folder.glob("tokenizer*"):
+        file.rename(run / file.name)
+    folder.rename(run / "checkpoint-20")
+    assert len(load_text_model(str(run / "checkpoint-20"))[1]) == len(tokenizer)
+    with pytest.raises(CheckpointError, match=r"no finished model, only checkpoints .*checkpoint-20 is the last"):
+        find_model(str(run))
 
 
 def test_folder_without_a_model(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no model: neither config.json nor model/config.json"):
+    with pytest.raises(CheckpointError, match=r"holds no model: there is no config.json in it"):
         find_model(str(tmp_path))
 
 

@@ -10,9 +10,6 @@ import torch
 
 from hippos.errors import CheckpointError, TokenizerError, UnsupportedError
 
-# Where a training run keeps its finished model.
-RUN_MODEL = "model"
-
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_ANSWER_S = 10.0
@@ -94,7 +91,8 @@ def find_model(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return str(_model_in(path))
+        _check_holds_model(path)
+        return str(path)
     if path.exists():
         raise CheckpointError(f"{name} is a file, not a model folder; hippos convert makes a folder of a checkpoint")
     is_local = _HUB_NAME.fullmatch(name) is None or Path(path.parts[0]).is_dir()
@@ -106,22 +104,32 @@ def find_model(name: str) -> str:
     return name
 
 
-def _model_in(folder: Path) -> Path:
-    """The folder that holds ``config.json``: ``folder`` itself, or the finished model of a training run."""
-    for candidate in (folder, folder / RUN_MODEL):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise CheckpointError(f"{folder} holds no model: neither config.json nor {RUN_MODEL}/config.json is there")
+def _check_holds_model(folder: Path) -> None:
+    """Raise unless ``config.json`` is there, as in a model folder, a finished run, and a checkpoint of a run."""
+    if (folder / "config.json").is_file():
+        return
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+        raise CheckpointError(
+            f"{folder} holds no finished model, only checkpoints of its training: {newest} is the last"
+        )
+    raise CheckpointError(f"{folder} holds no model: there is no config.json in it")
 
 
 def _find_tokenizer(source: str, tokenizer: str | None) -> str:
-    """Where to read the tokenizer from; Transformers would make an empty one of a folder without any."""
+    """Where to read the tokenizer from: as said, or beside the model, or in the run that a checkpoint belongs to."""
     if tokenizer is not None:
         return tokenizer
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise TokenizerError(f"{source} holds no tokenizer (tokenizer.json); name one with --tokenizer")
-    return source
+    if not Path(source).is_dir():
+        return source
+    for folder in (Path(source), Path(source).resolve().parent):
+        # Of a folder without any of these, Transformers would make an empty tokenizer.
+        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            return str(folder)
+        if not folder.name.startswith("checkpoint-"):
+            break
+    raise TokenizerError(f"{source} holds no tokenizer (tokenizer.json); name one with --tokenizer")
 
 
 def _why_not_on_hub(name: str) -> str | None:
