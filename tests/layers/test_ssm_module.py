@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hippos.layers import H3, DiagonalSSM, ShiftSSM, SSMModule, ssm_diagonal
+from hippos.ops import H3State
 
 
 def ssm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -164,17 +165,19 @@ class TestMemory:
         got = layer.step(u, copy.deepcopy(state))
         assert torch.equal(got, fresh.step(u, copy.deepcopy(state)))
 
-    @pytest.mark.parametrize("start", ["forward", "init_state"])
+    @pytest.mark.parametrize("start", ["forward", "forward_with_gradients", "init_state"])
     def test_a_new_sequence_notices_writes_through_data(self, layer, start):
         u = torch.ones(1, 4)
         with torch.no_grad():
             layer.step(u, layer.init_state(1))
             layer.diag.C.data.mul_(2)  # leaves neither a new address nor a new version
             fresh = copy.deepcopy(layer)
-            if start == "forward":
-                _, state = layer(u.unsqueeze(1), return_state=True)
-            else:
+            if start == "init_state":
                 state = layer.init_state(1)
+            else:
+                with torch.set_grad_enabled(start == "forward_with_gradients"):
+                    _, state = layer(u.unsqueeze(1), return_state=True)
+                state = H3State(*(part.detach() for part in state))
             assert torch.equal(layer.step(u, copy.deepcopy(state)), fresh.step(u, state))
 
     def test_parameters_made_in_inference_mode(self, calls):

@@ -148,7 +148,7 @@ class H3(nn.Module):
 
         Returns:
             Tokens, shape (B, L, D), dtype of the projections; with ``return_state`` also the state after the last
-            token.
+            token. Gradients flow through both states.
 
         Raises:
             ValueError: If a shape is wrong or L is 0.

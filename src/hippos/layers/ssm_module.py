@@ -68,7 +68,10 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
         Returns:
             The operators.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._is_traceable():
+        if torch.compiler.is_compiling():
+            return self()
+        if torch.is_grad_enabled() or not self._is_traceable():
+            self.forget()
             return self()
         if not reuse or self._memory is None or not self._memory.matches(self):
             self._memory = _Memory(self, self())
