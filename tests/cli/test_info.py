@@ -17,6 +17,20 @@ def test_json_tells_versions_and_devices():
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["transformers"] == transformers.__version__
     assert "cpu" in report["devices"]
+    assert set(report["operators"]) == {"ssm_filter", "ssm_conv", "ssm_step", "fft_conv", "h3_mix", "h3_step"}
+    if not torch.cuda.is_available():
+        assert set(report["operators"].values()) == {"torch on cpu"}
+
+
+def test_says_whether_there_is_a_compiler(monkeypatch, tmp_path):
+    def compiler() -> str:
+        return json.loads(CliRunner().invoke(cli.app, ["info", "--json"]).stdout)["torch.compile"]["C++ compiler"]
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert compiler().startswith("none")
+    (tmp_path / "clang++").touch(mode=0o755)
+    assert compiler() == str(tmp_path / "clang++")
 
 
 def test_text_names_every_entry_of_the_json():

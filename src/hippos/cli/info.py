@@ -29,7 +29,12 @@ def info(
 
 
 def _report() -> dict[str, dict[str, Any]]:
-    return {"versions": _versions(), "devices": _devices()}
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "operators": _operators(),
+        "torch.compile": {"C++ compiler": _cpp_compiler()},
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -57,3 +62,46 @@ def _devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     return devices
+
+
+def _operators() -> dict[str, str]:
+    """Operator -> the implementation that ``impl="auto"`` takes on the first CUDA device, or on the CPU."""
+    import torch
+
+    from hippos import ops
+    from hippos.errors import UnsupportedError
+    from hippos.generate.load import find_device
+
+    device = find_device("auto")
+    one, rows = torch.ones(1, 1, 1, device=device), torch.ones(1, 1, device=device)
+    channel, pairs = torch.ones(1, device=device), torch.zeros(1, 1, 2, device=device)
+    state = ops.H3State(torch.zeros(1, 1, 0, device=device), torch.zeros(1, 1, 1, 2, device=device))
+    mixer = (rows, channel, pairs, pairs, pairs, channel)
+    calls = {
+        "ssm_filter": (pairs, pairs, pairs, 1),
+        "ssm_conv": (one, pairs, pairs, pairs),
+        "ssm_step": (rows, state.diag.clone(), pairs, pairs, pairs),
+        "fft_conv": (one, rows),
+        "h3_mix": (one, one, one, *mixer),
+        "h3_step": (rows, rows, rows, state, *mixer),
+    }
+    taken = {}
+    for name, arguments in calls.items():
+        try:
+            getattr(ops, name)(*arguments, impl="triton")
+            taken[name] = f"triton on {device}"
+        except UnsupportedError:
+            taken[name] = f"torch on {device}"
+    return taken
+
+
+def _cpp_compiler() -> str:
+    """What torch.compile needs to compile for the CPU; nothing else here does."""
+    import os
+    import shutil
+
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    return "none: torch.compile works on GPUs only"
