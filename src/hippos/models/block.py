@@ -13,6 +13,7 @@ from hippos.models.attention import CachedSelfAttention
 from hippos.models.cache import SSMCacheLayer
 from hippos.models.configuration_h3 import ATTENTION, H3Config
 from hippos.models.layout import TokenLayout
+from hippos.ops import H3State
 
 
 class H3Block(GradientCheckpointingLayer):
@@ -93,7 +94,9 @@ def mix_ssm(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer | N
         return mixer(u, mask=layout.real)
     cached.count(u.shape[1])
     state = cached.state
-    if u.shape[1] == 1 and state is not None and layout.real is None and not torch.is_grad_enabled():
+    if state is not None and torch.is_grad_enabled():
+        state = H3State(state.shift.clone(), state.diag.clone())  # autograd keeps it, and it is overwritten below
+    elif state is not None and u.shape[1] == 1 and layout.real is None:
         return mixer.step(u, state)
     y, state = mixer(u, initial_state=state, return_state=True, mask=layout.real)
     cached.store(state)

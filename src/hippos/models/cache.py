@@ -46,9 +46,6 @@ class SSMCacheLayer(LinearAttentionLayer):
         state = H3State(state.shift.detach(), state.diag.detach())
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=state.shift, recurrent_states=state.diag)
-        if self.conv_states[0].shape != state.shift.shape:
-            wanted, got = self.conv_states[0].shape[0], state.shift.shape[0]
-            raise ValueError(f"the cache holds states of {wanted} sequences, got {got}")
         self.conv_states[0].copy_(state.shift)
         self.recurrent_states[0].copy_(state.diag)
         self.has_previous_state[0] = True
@@ -157,3 +154,15 @@ def adopt(cache: Cache, config: H3Config) -> None:
             cache.layers[i] = (CountingCacheLayer if counts else SSMCacheLayer).adopt(layer)
         elif isinstance(layer, LinearAttentionCacheLayerMixin) != (kind == LINEAR):
             raise ValueError(f"past_key_values has a {type(layer).__name__} for layer {i}, which is {kind}")
+
+
+def check_batch(cache: Cache, batch: int) -> None:
+    """Raise unless the cache is fresh or holds states of ``batch`` texts.
+
+    Raises:
+        ValueError: If it holds another number.
+    """
+    for layer in cache.layers:
+        state = layer.state if isinstance(layer, SSMCacheLayer) else None
+        if state is not None and state.shift.shape[0] != batch:
+            raise ValueError(f"past_key_values holds {state.shift.shape[0]} texts, got a batch of {batch}")

@@ -120,6 +120,7 @@ class H3Config(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.layer_types = _choose_layer_types(self.layer_types, attn_layers, self.num_hidden_layers)
+        self._check_layer_types()  # before Transformers renames words of other models
         super().__post_init__(**kwargs)
         self.check()
 

@@ -94,8 +94,9 @@ def _mask_width(mask: Tensor | None, seqlen: int, past: Cache | None) -> int:
     if mask is None or past is None:
         return seqlen
     n_past = past.get_seq_length()
-    # A static cache counts on its device: waiting for it at every step is not worth the check.
-    return n_past + seqlen if isinstance(n_past, int) else mask.shape[-1]
+    if isinstance(n_past, Tensor) and (is_tracing(n_past) or n_past.device.type != "cpu"):
+        return mask.shape[-1]  # a static cache counts on its device, and a check is not worth waiting for it
+    return int(n_past) + seqlen
 
 
 def read_documents(

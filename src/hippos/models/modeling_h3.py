@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from hippos.layers import SSMModule
 from hippos.models.attention import CachedSelfAttention
 from hippos.models.block import H3Block
-from hippos.models.cache import adopt
+from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
 from hippos.models.tokens import check_tokens, check_vocabulary
@@ -156,6 +156,9 @@ class H3Model(H3PreTrainedModel):
             TypeError: If a dtype or the cache's type is wrong.
         """
         tokens = check_tokens(input_ids, inputs_embeds, self.config.vocab_size)
+        if past_key_values is not None:
+            adopt(past_key_values, self.config)
+            check_batch(past_key_values, tokens.shape[0])
         padding = read_padding(attention_mask, tokens, past_key_values)
         packing = (position_ids, seq_idx, cu_seq_lens_q)
         if padding.real is not None or past_key_values is not None:
@@ -196,7 +199,7 @@ class H3Model(H3PreTrainedModel):
     def _choose_cache(
         self, use_cache: bool | None, past: Cache | None, is_right: bool, is_packed: bool
     ) -> Cache | None:
-        """Give the cache to fill, ready for this model, or None."""
+        """Give the cache to fill, a new one if one is wanted, or None."""
         if past is not None or use_cache:
             if is_right:
                 raise ValueError("padding on the right corrupts the states behind it; pad on the left to use a cache")
@@ -206,10 +209,9 @@ class H3Model(H3PreTrainedModel):
                 raise ValueError("a cache cannot be kept with gradient checkpointing; pass use_cache=False")
         elif use_cache is None and self.config.use_cache and not (self.training or is_right or is_packed):
             use_cache = True
-        if past is None and not use_cache:
-            return None
-        past = DynamicCache(config=self.config) if past is None else past
-        adopt(past, self.config)
+        if past is None and use_cache:
+            past = DynamicCache(config=self.config)
+            adopt(past, self.config)
         return past
 
 
