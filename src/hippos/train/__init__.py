@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from hippos.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from hippos.train.folder import holds_run, stored_config
+from hippos.train.progress import RunProgress
 from hippos.train.recipes import RECIPES, find_recipe
 from hippos.train.run import TrainResult, train
 from hippos.train.settings import apply_settings
+from hippos.train.storage import resume_command
 
 __all__ = [
     "RECIPES",
@@ -13,9 +16,13 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "RunProgress",
     "TrainConfig",
     "TrainResult",
     "apply_settings",
     "find_recipe",
+    "holds_run",
+    "resume_command",
+    "stored_config",
     "train",
 ]

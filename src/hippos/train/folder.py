@@ -32,6 +32,7 @@ __all__ = [
     "check_same_data",
     "check_same_model",
     "export_model",
+    "holds_run",
     "read_summary",
     "resume_run",
     "stored_config",
@@ -71,7 +72,7 @@ def begin_run(config: TrainConfig, run: Path, *, overwrite: bool) -> None:
     Raises:
         TrainingError: If the folder holds a run already.
     """
-    if _holds_run(run):
+    if holds_run(run):
         if not overwrite:
             raise TrainingError(
                 f"{run} already holds a run. To go on with it: {resume_command(run)}; to begin anew, name another "
@@ -161,7 +162,8 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _holds_run(run: Path) -> bool:
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a run."""
     return (run / RUN_FILE).exists() or any(run.glob("checkpoint-*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hippos.errors import ConfigError
@@ -133,8 +134,7 @@ def find_recipe(name: str) -> TrainConfig:
         ConfigError: If there is none of that name; the message gives the nearest.
     """
     if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.0)
-        raise ConfigError(
-            f"unknown recipe {name!r}; the nearest are {' and '.join(nearest)}, all are {', '.join(RECIPES)}"
-        )
+        (nearest,) = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)
+        hint = f"; to train on that text: --text {name}" if Path(name).exists() else ""
+        raise ConfigError(f"unknown recipe {name!r}, the nearest is {nearest!r} (of {', '.join(RECIPES)}){hint}")
     return RECIPES[name]()

@@ -20,6 +20,7 @@ from hippos.train.folder import (
     check_same_data,
     check_same_model,
     export_model,
+    holds_run,
     read_summary,
     resume_run,
     write_data,
@@ -73,8 +74,8 @@ def train(
     Args:
         config: What to train; None, only with ``resume``: what the run was started with.
         run: The run's folder.
-        resume: Go on from the last complete checkpoint, bit for bit as if nothing had happened; without one, from the
-            beginning.
+        resume: Go on from the last complete checkpoint, bit for bit as if nothing had happened; without one, or without
+            a run in the folder, from the beginning.
         overwrite: Replace the run that the folder holds.
         progress: What the user sees.
 
@@ -90,17 +91,19 @@ def train(
     """
     progress = progress or RunProgress()
     checkpoint = None
-    if resume:
+    if resume and (config is None or holds_run(run)):
         config, checkpoint = resume_run(config, run)
+        done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
+        summary = read_summary(run)
+        if summary is not None and summary["steps"] == done >= config.optim.steps:
+            return TrainResult(run, config, done, None, summary)
     elif config is None:
         raise ValueError("a new run needs a configuration")
     else:
+        if resume:
+            progress.note(f"There is no run in {run} to go on with: this one starts at the beginning")
         begin_run(config, run, overwrite=overwrite)
-    done = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    if resume:
-        progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
-        if done >= config.optim.steps and (summary := read_summary(run)) is not None:
-            return TrainResult(run, config, done, None, summary)
     try:
         with _deterministic(config.run):
             return _train(config, run, checkpoint, progress)

@@ -1,0 +1,7 @@
+"""Figures and pages from results."""
+
+from __future__ import annotations
+
+from hippos.report.loss_curve import draw_loss_curve
+
+__all__ = ["draw_loss_curve"]

@@ -1,0 +1,56 @@
+"""A run that is killed at any moment and resumed ends as if nothing had happened: same losses, same weights."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hippos.train import TrainConfig
+from hippos.train.checkpoints import complete_checkpoints
+from hippos.train.metrics import read_metrics
+from tests.train import sessions
+
+
+@pytest.fixture
+def uninterrupted(tiny: TrainConfig, tmp_path: Path) -> Path:
+    run = tmp_path / "uninterrupted"
+    sessions.finish(tiny, run)
+    return run
+
+
+def _assert_same_end(run: Path, uninterrupted: Path) -> None:
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, uninterrupted))
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert weights[name].equal(tensor), name
+    timeless = [
+        [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in read_metrics(folder)]
+        for folder in (run, uninterrupted)
+    ]
+    assert timeless[0] == timeless[1]
+    left_over = [path.name for path in run.iterdir() if ".tmp" in path.name or ".old" in path.name]
+    assert left_over == []
+
+
+def _steps_kept(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("checkpoint-")) for path in complete_checkpoints(run)]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_run_killed_at_its_writes_resumes_bit_for_bit(
+    tiny: TrainConfig, tmp_path: Path, uninterrupted: Path, seed: int
+) -> None:
+    run = tmp_path / "killed"
+    draw = random.Random(seed)
+    for kill in range(3):
+        before = _steps_kept(run)
+        process = sessions.start(tiny, run, resume=kill > 0, die_at=draw.randint(20, 90))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert _steps_kept(run)[-1:] >= before[-1:], "a kill lost the last complete checkpoint"
+    sessions.finish(tiny, run, resume=True)
+    _assert_same_end(run, uninterrupted)
