@@ -1,0 +1,232 @@
+"""Launch the GPU programs of `ssm_conv`: choose chunk sizes and grids, allocate outputs, start the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from hippos.ops.ssm_conv.kernels import chunk_operators_kernel, ssm_conv_fwd_kernel
+from hippos.ops.ssm_conv.kernels_backward import chunk_operators_bwd_kernel, ssm_conv_bwd_kernel
+from hippos.ops.ssm_conv.schedule import Geometry, Schedule, backward_schedule, forward_schedule, place
+
+
+@dataclass(frozen=True)
+class ChunkOperators:
+    """What a channel's SSM does to one chunk; see `chunk_operators_kernel` for each tensor."""
+
+    taps: Tensor  # (planes, H, CHUNK)
+    into: Tensor  # (planes, H, CHUNK, MODES, 2)
+    outof: Tensor  # (planes, H, CHUNK, MODES, 2)
+    decay: Tensor  # (H, MODES, 2)
+    exponents: Tensor  # (H, 3)
+
+
+def make_chunk_operators(
+    log_a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, schedule: Schedule, *, is_half: bool
+) -> ChunkOperators:
+    """Make every channel's chunk operators from the SSM parameters.
+
+    Args:
+        log_a: log Abar, shape (H, M, 2), float32, contiguous; so are ``b`` and ``c``.
+        b: Bbar, shape (H, M, 2).
+        c: C, shape (H, M, 2).
+        d: Skip weight, shape (H,), float32, or None.
+        schedule: Chunk length and number of 16-bit parts.
+        is_half: Make scaled float16 operators instead of float32 ones.
+
+    Returns:
+        The operators.
+    """
+    (n_heads, n_modes), device = log_a.shape[:2], log_a.device
+    modes, chunk, planes = schedule.padded_modes(n_modes), schedule.chunk, schedule.planes
+    dtype = torch.float16 if is_half else torch.float32
+    operators = ChunkOperators(
+        taps=torch.empty(planes, n_heads, chunk, dtype=dtype, device=device),
+        into=torch.empty(planes, n_heads, chunk, modes, 2, dtype=dtype, device=device),
+        outof=torch.empty(planes, n_heads, chunk, modes, 2, dtype=dtype, device=device),
+        decay=torch.empty(n_heads, modes, 2, device=device),
+        exponents=torch.empty(n_heads, 3, dtype=torch.int32, device=device),
+    )
+    chunk_operators_kernel[(n_heads,)](
+        log_a, b, c, log_a if d is None else d,
+        operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+        n_heads, n_modes,
+        CHUNK=chunk, MODES=modes, PLANES=planes, IS_HALF=is_half, HAS_D=d is not None, num_warps=4,
+    )  # fmt: skip
+    return operators
+
+
+def ssm_conv_fwd(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    wants_state: bool,
+    saves_states: bool,
+    schedule: Schedule | None = None,
+    backward: Schedule | None = None,
+    operators: ChunkOperators | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward kernel; arguments as in `ssm_conv`, signals with a last stride of 1, the rest float32 contiguous.
+
+    Args:
+        wants_state: Return the state after the last whole chunk (otherwise an empty tensor).
+        saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
+        schedule: Overrides the table, for tests and tuning.
+        backward: Overrides the table for the backward pass that the states are saved for.
+        operators: Chunk operators made before, of that schedule.
+
+    Returns:
+        y, shape (B, H, L), contiguous, dtype of ``u``; the state, shape (B, H, M, 2); the saved states.
+    """
+    (batch, n_heads, seqlen), device = u.shape, u.device
+    n_modes = log_a.shape[1]
+    is_half = u.dtype != torch.float32
+    schedule = schedule or forward_schedule(u.dtype, n_modes, device)
+    back = place(batch, seqlen, backward or backward_schedule(u.dtype, n_modes, device))
+    at = place(batch, seqlen, schedule, longest_span=back.span if saves_states and back.n_tiles > 1 else None)
+    save_tiles = (back.span // at.span if back.n_tiles > 1 else at.n_tiles) if saves_states else 0
+    modes = schedule.padded_modes(n_modes)
+    operators = operators or make_chunk_operators(log_a, b, c, d, schedule, is_half=is_half)
+
+    y = torch.empty(u.shape, dtype=u.dtype, device=device)
+    state = torch.empty((batch, n_heads, modes, 2) if wants_state else (0,), device=device)
+    n_saved = back.n_tiles if saves_states else 0
+    saved = torch.empty((batch, n_heads, n_saved, modes, 2) if saves_states else (0,), device=device)
+    if batch == 0:
+        return y, _drop_padding(state, n_modes), saved
+    initial = None if initial_state is None else _pad_modes(initial_state, modes)
+    gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
+    per_program = groups_per_program(n_heads, at.n_groups, schedule.programs)
+    ssm_conv_fwd_kernel[(n_heads * triton.cdiv(at.n_groups, per_program),)](
+        u, gate_in, gate_out, y,
+        operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+        y if initial is None else initial, state, saved,
+        *u.stride()[:2], *gate_in.stride()[:2], *gate_out.stride()[:2], *y.stride()[:2],
+        batch, n_heads, seqlen, seqlen // schedule.chunk, at.n_tiles, at.n_groups, per_program, n_saved,
+        CHUNK=schedule.chunk, STEPS=at.steps, SEQUENCES=at.sequences, SEGMENTS=at.segments, MODES=modes,
+        SAVE_TILES=save_tiles, PLANES=schedule.planes, IS_HALF=is_half, PRECISION=schedule.precision,
+        HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None, HAS_INITIAL=initial is not None,
+        WANTS_STATE=wants_state, N_STAGES=schedule.n_stages,
+        num_warps=schedule.num_warps, num_stages=schedule.n_stages, maxnreg=schedule.max_registers,
+    )  # fmt: skip
+    return y, _drop_padding(state, n_modes), saved
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients in the order of `ssm_conv`'s arguments; empty tensors stand for arguments that were left out."""
+
+    u: Tensor
+    log_a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    in_gate: Tensor
+    out_gate: Tensor
+    initial_state: Tensor
+
+
+def ssm_conv_bwd(
+    dout: Tensor,
+    dstate: Tensor | None,
+    saved: Tensor,
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    *,
+    wants_dinitial: bool,
+    schedule: Schedule | None = None,
+) -> Gradients:
+    """Run the backward kernels; ``saved`` comes from `ssm_conv_fwd`, the rest as there.
+
+    Args:
+        dout: Gradient of y, shape (B, H, L), last stride 1.
+        dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B, H, M, 2), or None.
+        wants_dinitial: Return the gradient of the initial state.
+        schedule: Overrides the table; it must have the span that ``saved`` was made with.
+
+    Returns:
+        The gradients.
+    """
+    (batch, n_heads, seqlen), device = u.shape, u.device
+    n_modes = log_a.shape[1]
+    is_half = u.dtype != torch.float32
+    schedule = schedule or backward_schedule(u.dtype, n_modes, device)
+    at = place(batch, seqlen, schedule)
+    modes, chunk = schedule.padded_modes(n_modes), schedule.chunk
+    operators = make_chunk_operators(log_a, b, c, d, replace(schedule, planes=1), is_half=is_half)
+    whole = forward_schedule(u.dtype, n_modes, device).chunk
+    n_whole = seqlen // whole * (whole // chunk)
+
+    du = torch.empty(u.shape, dtype=u.dtype, device=device)
+    din = _like(in_gate, u)
+    dgate = _like(out_gate, u)
+    dinitial = torch.zeros((batch, n_heads, modes, 2) if wants_dinitial else (0,), device=device)
+    per_program = groups_per_program(n_heads, at.n_groups, schedule.programs)
+    splits = triton.cdiv(at.n_groups, per_program)
+    programs = n_heads * splits
+    partial = [torch.empty(programs, *shape, device=device) for shape in
+               ((chunk, chunk), (chunk, modes, 2), (chunk, modes, 2), (modes, 2))]  # fmt: skip
+    gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
+    padded_dstate = None if dstate is None else _pad_modes(dstate, modes)
+    if batch > 0:
+        ssm_conv_bwd_kernel[(programs,)](
+            u, gate_in, gate_out, dout, du, du if in_gate is None else din, du if out_gate is None else dgate,
+            operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+            saved, saved if padded_dstate is None else padded_dstate, dinitial if wants_dinitial else saved, *partial,
+            *u.stride()[:2], *gate_in.stride()[:2], *gate_out.stride()[:2], *dout.stride()[:2],
+            batch, n_heads, seqlen, n_whole, at.n_tiles, at.n_groups, per_program,
+            CHUNK=chunk, STEPS=at.steps, SEQUENCES=at.sequences, SEGMENTS=at.segments, MODES=modes,
+            IS_HALF=is_half, PRECISION=schedule.precision, HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None,
+            HAS_DSTATE=dstate is not None, WANTS_DINITIAL=wants_dinitial, N_STAGES=schedule.n_stages,
+            num_warps=schedule.num_warps, num_stages=schedule.n_stages, maxnreg=schedule.max_registers,
+        )  # fmt: skip
+    dlog_a, db, dc = (torch.empty_like(log_a) for _ in range(3))
+    dd = torch.empty((n_heads,) if d is not None else (0,), device=device)
+    chunk_operators_bwd_kernel[(n_heads,)](
+        log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, splits if batch > 0 else 0,
+        CHUNK=chunk, MODES=modes, HAS_D=d is not None, num_warps=8,
+    )  # fmt: skip
+    return Gradients(du, dlog_a, db, dc, dd, din, dgate, _drop_padding(dinitial, n_modes))
+
+
+def groups_per_program(n_heads: int, n_groups: int, programs: int) -> int:
+    """How many groups of sequences a program works on, so that about ``programs`` programs share the work."""
+    splits = max(1, min(n_groups, triton.cdiv(programs, n_heads)))
+    return max(1, triton.cdiv(n_groups, splits))
+
+
+def saved_shape(u: Tensor, n_modes: int) -> tuple[int, int, int, int, int]:
+    """Shape of the states that the forward pass of ``u`` saves for the backward pass."""
+    schedule = backward_schedule(u.dtype, n_modes, u.device)
+    batch, n_heads, seqlen = u.shape
+    at: Geometry = place(int(batch), int(seqlen), schedule)
+    return batch, n_heads, at.n_tiles, schedule.padded_modes(n_modes), 2
+
+
+def _like(gate: Tensor | None, u: Tensor) -> Tensor:
+    """An output for a gate's gradient, empty if there is no such gate."""
+    shape = (0,) if gate is None else gate.shape
+    return torch.empty(shape, dtype=u.dtype if gate is None else gate.dtype, device=u.device)
+
+
+def _pad_modes(state: Tensor, modes: int) -> Tensor:
+    missing = modes - state.shape[-2]
+    return torch.nn.functional.pad(state, (0, 0, 0, missing)).contiguous() if missing else state.contiguous()
+
+
+def _drop_padding(state: Tensor, n_modes: int) -> Tensor:
+    return state if state.dim() < 2 or state.shape[-2] == n_modes else state[..., :n_modes, :].contiguous()
