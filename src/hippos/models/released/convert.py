@@ -258,7 +258,8 @@ def _write_weights(plan: _Plan, folder: Path, report: Progress) -> list[str]:
         done += n_bytes
         report("writing", done, plan.n_bytes)
 
-    max_bytes = shard_bytes(plan.checkpoint.n_bytes)
+    # Of a shard with a smaller dtype, more has to be read than is written.
+    max_bytes = int(shard_bytes(plan.checkpoint.n_bytes) * min(1.0, plan.n_bytes / plan.checkpoint.n_bytes))
     return write_shards(folder, plan.meta, plan.read, max_bytes=max_bytes, progress=count)
 
 

@@ -15,12 +15,12 @@ _SMALLEST_SHARD, _LARGEST_SHARD = 2**26, 2**30
 
 
 def shard_bytes(file_bytes: int) -> int:
-    """How large a part of a checkpoint to hold in memory: an eighth of the file, between 64 MiB and 1 GiB.
+    """How large a part of a checkpoint to hold in memory: a quarter of the file, between 64 MiB and 1 GiB.
 
     A part may be there twice, as mapped pages and as the converted copy, beside some 0.5 GB of imported libraries; all
     of that should stay below the size of the file, also for the small released models.
     """
-    return min(max(file_bytes // 8, _SMALLEST_SHARD), _LARGEST_SHARD)
+    return min(max(file_bytes // 4, _SMALLEST_SHARD), _LARGEST_SHARD)
 
 
 def write_shards(
@@ -69,10 +69,12 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         CheckpointError: If a finite number overflows.
     """
-    result = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and (result.isinf() & tensor.isfinite()).any():
-        raise CheckpointError(f"{name} has numbers too large for {str(dtype).removeprefix('torch.')}")
-    return result
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(tensor.dtype).max and tensor.numel():
+        low, high = (float(bound) for bound in torch.aminmax(tensor))
+        if limit < max(-low, high) < float("inf"):
+            raise CheckpointError(f"{name} has numbers too large for {str(dtype).removeprefix('torch.')}")
+    return tensor.to(dtype)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -87,7 +89,10 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         is_own = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         own[name] = tensor if is_own else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(storage.data_ptr())
+    path.touch()
+    usual_mode = path.stat().st_mode
     try:
         save_file(own, path, metadata={"format": "pt"})
     except SafetensorError as error:  # Not an OSError, but with its text: "... No space left on device (os error 28)".
         raise OSError(f"cannot write {path.name}: {error}") from error
+    path.chmod(usual_mode)  # safetensors lets only the owner read.
