@@ -11,7 +11,13 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hippos.layers import H3
-from hippos.layers.projections import is_plain_linear, project_from_channels, project_to_channels
+from hippos.layers.projections import (
+    HAS_MKL,
+    is_plain_linear,
+    project_from_channels,
+    project_to_channels,
+    project_tokens,
+)
 
 
 class TwiceLinear(nn.Linear):
@@ -161,3 +167,50 @@ def test_lora(generator):
         setattr(merged, name, lora.get_base_layer())
     assert is_plain_linear(merged.q_proj)
     torch.testing.assert_close(merged(u), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_out", [1, 6, 7, 24])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5), (2, 1, 5), (1, 3, 5), (0, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_tokens_are_projected_as_by_the_module(generator, n_out, shape, bias):
+    linear = nn.Linear(5, n_out, bias=bias)
+    u = torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        wanted = linear(u)
+        found = project_tokens(linear, u)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def _operators_of(linear, u):
+    with torch.no_grad(), RecordOperators() as record:
+        project_tokens(linear, u)
+    return record.names
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="this torch is built without MKL")
+def test_one_token_goes_in_blocks_and_the_rest_as_it_is(generator):
+    linear = nn.Linear(8, 16)
+    assert "baddbmm" in _operators_of(linear, torch.randn(1, 1, 8, generator=generator))
+    assert "baddbmm" not in _operators_of(linear, torch.randn(1, 3, 8, generator=generator))
+    assert "baddbmm" not in _operators_of(linear.double(), torch.randn(1, 8, generator=generator).double())
+
+
+def test_gradients_of_one_token_take_the_modules_own_way(generator):
+    linear = nn.Linear(8, 16)
+    u = torch.randn(1, 8, generator=generator, requires_grad=True)
+    project_tokens(linear, u).sum().backward()
+    torch.testing.assert_close(u.grad, linear.weight.sum(0, keepdim=True))
+
+
+@WRAPPINGS
+def test_tokens_through_wrapped_modules_call_them(wrap):
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 8)
+    token = torch.ones(1, 5)
+    with torch.no_grad():
+        plain = linear(token)
+        wrapped = wrap(linear) if wrap is not _subclass else _subclass(linear.double()).float()
+        found = project_tokens(wrapped, token)
+        torch.testing.assert_close(found, wrapped(token))
+        assert not torch.allclose(found, plain)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.layers.projections import project_tokens
 from hippos.layers.rotary import apply_rotary, rotary_angles
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -81,13 +82,13 @@ class CausalSelfAttention(nn.Module):
         if u.ndim != 3 or u.shape[2] != self.d_model or u.shape[1] == 0:
             raise ValueError(f"u must have shape (B, L, {self.d_model}) with L >= 1, got {tuple(u.shape)}")
         batch, seqlen, _ = u.shape
-        heads = self.qkv_proj(u).view(batch, seqlen, 3, self.n_heads, self.head_dim)
+        heads = project_tokens(self.qkv_proj, u).view(batch, seqlen, 3, self.n_heads, self.head_dim)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, P)
         if self.rotary_dim:
             angles = self._angles(position_ids, batch, seqlen, q)
             q, k = apply_rotary(q, angles), apply_rotary(k, angles)
         o = self._attend_causally(q, k, v) if attend is None else attend(q, k, v)
-        return self.out_proj(o.transpose(1, 2).reshape(batch, seqlen, self.d_model))
+        return project_tokens(self.out_proj, o.transpose(1, 2).reshape(batch, seqlen, self.d_model))
 
     def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

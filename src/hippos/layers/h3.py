@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hippos.layers.param_groups import ParamGroup, param_groups
-from hippos.layers.projections import is_plain_linear, project_from_channels, project_to_channels
+from hippos.layers.projections import is_plain_linear, project_from_channels, project_to_channels, project_tokens
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftSSM
 from hippos.ops import H3State, h3_mix, h3_step
@@ -195,11 +195,11 @@ class H3(nn.Module):
         if u.ndim == 3 and u.shape[1] == 1:
             return self.step(u.squeeze(1), state).unsqueeze(1)
         self._check_tokens(u, "(B, D) or (B, 1, D)", 2)
-        q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)  # (B, D)
+        q, k, v = (project_tokens(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D)
         with _without_autocast(u.device.type):
             shift, diag = self.shift.operators(reuse=True), self.diag.operators(reuse=True)
             o = h3_step(q, k, v, state, *shift, *diag, head_dim=self.head_dim)
-        return self.out_proj(self._order_channels(o))
+        return project_tokens(self.out_proj, self._order_channels(o))
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

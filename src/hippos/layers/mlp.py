@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.layers.projections import project_tokens
+
 
 class MLP(nn.Module):
     """Two linear maps with a GELU (tanh form) between, applied to each token.
@@ -40,4 +42,4 @@ class MLP(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Map tokens, shape (..., D), to tokens of the same shape."""
-        return self.fc2(F.gelu(self.fc1(u), approximate="tanh"))
+        return project_tokens(self.fc2, F.gelu(project_tokens(self.fc1, u), approximate="tanh"))
