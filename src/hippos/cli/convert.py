@@ -59,9 +59,9 @@ def convert(
 
     No code from the checkpoint is run. What its shapes do not tell, an option must; a preset says all of it.
 
-    Example: hippos convert danfu09/H3-125M h3-125m --tokenizer gpt2
-
-    Example: hippos convert model.pt my-h3 --num-attention-heads 12 --rotary-dim 0 --vocab-size 50257
+    Example:
+        hippos convert danfu09/H3-125M h3-125m --tokenizer gpt2
+        hippos convert model.pt my-h3 --num-attention-heads 12 --rotary-dim 0
     """
     import json
 

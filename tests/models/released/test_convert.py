@@ -296,6 +296,11 @@ def test_missing_options_leave_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
+def test_an_unknown_preset_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown preset '1\.4b'; the nearest is '1\.3b'"):
+        convert_released(str(tmp_path / "nothing.pt"), tmp_path / "out", Unsaid(preset="1.4b"))
+
+
 def test_an_unknown_dtype_is_refused(tmp_path):
     source = _saved(released_state_dict(), tmp_path / "model.pt")
     with pytest.raises(ConfigError, match=r"dtype must be one of float16, .*, got 'int8'"):

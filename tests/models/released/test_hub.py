@@ -54,7 +54,7 @@ def test_the_27b_repository_holds_two_models(hub):
     three, two = Source(folder / "model-3attn.pt", "2.7b"), Source(folder / "model-2attn-rotary.pt", "2.7b-rotary")
     for name in ("danfu09/H3-2.7B", str(folder)):
         assert find_source(name) == three
-        assert find_source(name, preset="2.7b-rotary") == two
+        assert find_source(name, preset="2.7B-rotary") == two
         assert find_source(name, file="model-2attn-rotary.pt") == two
 
 

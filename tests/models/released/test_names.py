@@ -48,6 +48,9 @@ def _changed(remove: str = "", add: tuple[str, ...] = ()) -> list[str]:
         (_changed(add=("backbone.norm.weight",)), "both the old first LayerNorm"),
         (_changed(add=("backbone.layers.0.mixer.rotary_emb.inv_freq",)), "layer 0 has rotary frequencies but no att"),
         (_changed(remove="backbone.layers.1."), r"layer 1 is missing \(the file has layers 0 to 2\)"),
+        (_changed(add=("backbone.layers.99999.norm1.weight",)), "layer 3 is missing"),
+        (_changed(add=("backbone.layers.9999999999.norm1.weight",)), "unknown key"),
+        (_changed(remove="backbone.layers."), "layer 0 is missing .the file has layers none"),
         (_changed(remove="backbone.embeddings"), "word embedding is missing"),
     ],
 )

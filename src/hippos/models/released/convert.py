@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hippos.errors import CheckpointError, ConfigError, HipposError, TokenizerError
 from hippos.models.configuration_h3 import H3Config
+from hippos.models.presets import find_preset
 from hippos.models.released.architecture import (
     Unsaid,
     check_shapes,
@@ -123,6 +124,8 @@ def convert_released(
     out = Path(out).expanduser()
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if unsaid.preset is not None:
+        find_preset(unsaid.preset)  # A misspelt name should not cost a download.
     check_target(out)
     found = find_source(source, file=file, preset=unsaid.preset)
     try:

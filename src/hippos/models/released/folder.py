@@ -63,7 +63,7 @@ def folder_in_place(out: Path) -> Iterator[Path]:
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
     _flush_folder(folder)
 

@@ -74,7 +74,7 @@ def _released_repo(name: str) -> str | None:
 
 def _released_file(repo: str, preset: str | None) -> str:
     files = RELEASED[repo]
-    return next((file for file, theirs in files.items() if theirs == preset), next(iter(files)))
+    return next((file for file, theirs in files.items() if preset and theirs == preset.lower()), next(iter(files)))
 
 
 def _in_folder(folder: Path, *, file: str | None, preset: str | None) -> Source:

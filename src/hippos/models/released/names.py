@@ -30,7 +30,7 @@ HEAD = "lm_head.weight"
 _PREFIX = "model."
 _CURRENT_ROOTS = ("backbone.",)
 _OLD_ROOTS = ("s4seq.encoder.", "embedding.")
-_LAYER = re.compile(r"layers\.(0|[1-9][0-9]*)\.(.+)")
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 _NORM = re.compile(r"norm([12])\.(weight|bias)")
 
 _LINEAR = ("weight", "bias")
@@ -193,9 +193,9 @@ def _our_name(key: str, original: str) -> str:
 
 def _check_layers(names: ReleasedNames) -> None:
     present = {layer_index(name) for name in names.ours} - {-1}
-    missing = sorted(set(range(max(present, default=0) + 1)) - present)
-    if missing:
-        raise CheckpointError(f"layer {missing[0]} is missing (the file has layers {_ranges(sorted(present))})")
+    missing = next((index for index, layer in enumerate(sorted(present)) if index != layer), None)
+    if missing is not None or not present:
+        raise CheckpointError(f"layer {missing or 0} is missing (the file has layers {_range(sorted(present))})")
     stray = sorted(set(names.inv_freq) - set(names.attn_layers))
     if stray:
         raise CheckpointError(f"{names.inv_freq[stray[0]]}: layer {stray[0]} has rotary frequencies but no attention")
@@ -203,7 +203,7 @@ def _check_layers(names: ReleasedNames) -> None:
         raise CheckpointError("the word embedding is missing")
 
 
-def _ranges(indices: list[int]) -> str:
+def _range(indices: list[int]) -> str:
     if not indices:
         return "none"
     return f"{indices[0]} to {indices[-1]}" if len(indices) > 1 else str(indices[0])
