@@ -86,7 +86,7 @@ def collate_blocks(blocks: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def collate_documents(blocks: Sequence[Tensor], *, end_id: int) -> dict[str, Tensor]:
-    """Stack blocks as `collate_blocks` does, and mark where documents start, so that nothing crosses from one to another.
+    """Stack blocks as `collate_blocks` does, and mark where documents start, so that nothing crosses these bounds.
 
     A document starts at each block's first id and at each end token, which stands before the document that it opens.
 
