@@ -33,7 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## Train a small hybrid H3 on Python's own source, then write text with it
-	@$(BIN)/python examples/demo.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" hippos train demo --out runs/demo --overwrite
+	@echo "(source $(BIN)/activate puts the hippos command on your path.)"
 
 test: setup  ## Run the tests
 	$(PYTEST) $(TEST_ARGS)

@@ -1,0 +1,27 @@
+"""A language model from nothing: four layers, one of them attention, learn a sentence by heart and go on with it."""
+
+import torch
+
+from hippos import H3Config, H3ForCausalLM
+from hippos.layers import param_groups
+
+torch.manual_seed(0)
+config = H3Config(vocab_size=256, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, attn_layers=(2,))
+model = H3ForCausalLM(config)
+
+sentence = b"A hippo sleeps in the river by day, and walks ashore by night to graze. "
+tokens = torch.tensor([list(sentence * 2)])
+
+# SSM parameters learn at a rate of their own and without weight decay; param_groups knows which they are.
+optimiser = torch.optim.AdamW(param_groups(model, lr=3e-3, weight_decay=0.1))
+for _ in range(80):
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+print(f"loss {loss.item():.3f} nats a byte")
+
+model.eval()
+prompt = torch.tensor([list(b"A hippo")])
+written = model.generate(prompt, max_new_tokens=60, do_sample=False)
+print(bytes(written[0].tolist()).decode())
