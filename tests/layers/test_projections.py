@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hippos.layers import H3
+from hippos.layers import H3, projections
 from hippos.layers.projections import (
     HAS_MKL,
     is_plain_linear,
@@ -169,6 +169,12 @@ def test_lora(generator):
     torch.testing.assert_close(merged(u), y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def _blocks_of_any_size(monkeypatch):
+    monkeypatch.setattr(projections, "LEAST_WEIGHTS_IN_BLOCKS", 0)
+
+
+@pytest.mark.usefixtures("_blocks_of_any_size")
 @pytest.mark.parametrize("n_out", [1, 6, 7, 24])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5), (2, 1, 5), (1, 3, 5), (0, 5)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -190,10 +196,11 @@ def _operators_of(linear, u):
 
 @pytest.mark.skipif(not HAS_MKL, reason="this torch is built without MKL")
 def test_one_token_goes_in_blocks_and_the_rest_as_it_is(generator):
-    linear = nn.Linear(8, 16)
-    assert "baddbmm" in _operators_of(linear, torch.randn(1, 1, 8, generator=generator))
-    assert "baddbmm" not in _operators_of(linear, torch.randn(1, 3, 8, generator=generator))
-    assert "baddbmm" not in _operators_of(linear.double(), torch.randn(1, 8, generator=generator).double())
+    linear = nn.Linear(256, 512)
+    assert "baddbmm" in _operators_of(linear, torch.randn(1, 1, 256, generator=generator))
+    assert "baddbmm" not in _operators_of(linear, torch.randn(1, 3, 256, generator=generator))
+    assert "baddbmm" not in _operators_of(nn.Linear(256, 256), torch.randn(1, 256, generator=generator))
+    assert "baddbmm" not in _operators_of(linear.double(), torch.randn(1, 256, generator=generator).double())
 
 
 def test_gradients_of_one_token_take_the_modules_own_way(generator):
@@ -203,6 +210,7 @@ def test_gradients_of_one_token_take_the_modules_own_way(generator):
     torch.testing.assert_close(u.grad, linear.weight.sum(0, keepdim=True))
 
 
+@pytest.mark.usefixtures("_blocks_of_any_size")
 @WRAPPINGS
 def test_tokens_through_wrapped_modules_call_them(wrap):
     torch.manual_seed(0)
