@@ -83,7 +83,10 @@ def test_unknown_field_of_a_preset_names_the_nearest():
         ({"state_size": 63}, "state_size must be even"),
         ({"n_ssm": 5}, "n_ssm 5 must divide the 768 heads"),
         ({"num_attention_heads": 7, "attn_layers": (1,)}, "num_attention_heads 7 must divide hidden_size 768"),
-        ({"rotary_dim": 3, "attn_layers": (1,)}, "rotary_dim must be even, from 0 to the attention head size 64, got 3"),
+        (
+            {"rotary_dim": 3, "attn_layers": (1,)},
+            "rotary_dim must be even, from 0 to the attention head size 64, got 3",
+        ),
         ({"rotary_dim": 66, "attn_layers": (1,)}, "rotary_dim must be even"),
         ({"padded_vocab_size": 100}, "padded_vocab_size 100 is below vocab_size 50257"),
         ({"mixer": "mamba"}, "mixer must be one of h3, got 'mamba'"),

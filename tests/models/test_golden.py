@@ -24,6 +24,7 @@ def test_logits_and_loss_in_float64(reference_model, name):
     model, tensors, _ = reference_model(name)
     out = model.double()(tensors["input_ids"], labels=tensors["input_ids"])
     torch.testing.assert_close(out.logits, tensors["f64/logits"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(out.loss, tensors["f64/loss"], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -70,7 +71,9 @@ def test_logits_step_by_step(reference_model, name, kind):
     ids, prompt_len = tensors["generated_ids"], tensors["prompt_ids"].shape[1]
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=40)
     steps = [model(ids[:, :prompt_len], past_key_values=cache).logits[:, -1]]
-    steps += [model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1] for t in range(prompt_len, ids.shape[1] - 1)]
+    steps += [
+        model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1] for t in range(prompt_len, ids.shape[1] - 1)
+    ]
     torch.testing.assert_close(torch.stack(steps, 1), tensors["generate_step_logits"], rtol=0, atol=1e-4)
 
 

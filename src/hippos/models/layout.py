@@ -152,6 +152,10 @@ def _first_by_bounds(tokens: Tensor, cu_seq_lens: Tensor) -> Tensor:
             f"cu_seq_lens_q must have shape (documents + 1,) and the batch one row, got shape "
             f"{tuple(cu_seq_lens.shape)} and {batch} rows"
         )
+    if not is_tracing(cu_seq_lens):
+        bounds = cu_seq_lens.tolist()
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
+            raise ValueError(f"cu_seq_lens_q must go up from 0 to the {seqlen} tokens, got {bounds}")
     is_first = torch.zeros(seqlen + 1, dtype=torch.bool, device=tokens.device)
     return is_first.index_fill(0, cu_seq_lens.to(device=tokens.device, dtype=torch.long), True)[:seqlen].unsqueeze(0)
 

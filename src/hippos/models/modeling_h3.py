@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,13 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hippos.layers import SSMModule
+from hippos.layers.projections import project_tokens
 from hippos.models.attention import CachedSelfAttention
 from hippos.models.block import H3Block
 from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
+from hippos.models.loss import next_token_loss
 from hippos.models.tokens import check_tokens, check_vocabulary
 
 
@@ -43,13 +45,22 @@ class H3PreTrainedModel(PreTrainedModel):
             _reset_unloaded(module)
             return
         super()._init_weights(module)
-        if isinstance(module, H3Block):
-            last = [module.mlp.fc2]
-            if isinstance(module.mixer, CachedSelfAttention) or self.config.rescale_mixer_out_proj:
-                last.append(module.mixer.out_proj)
-            for linear in last:
-                if not getattr(linear.weight, "_is_hf_initialized", False):
-                    linear.weight.div_(math.sqrt(2 * self.config.num_hidden_layers))
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint gave; the products that end in the residual stream are scaled by its depth."""
+        fresh = [linear for linear in self._last_products() if not getattr(linear, "_is_hf_initialized", False)]
+        super().initialize_weights()
+        for linear in fresh:
+            if not getattr(linear.weight, "_is_hf_initialized", False):
+                linear.weight.div_(math.sqrt(2 * self.config.num_hidden_layers))
+
+    def _last_products(self) -> Iterator[nn.Linear]:
+        for block in self.modules():
+            if isinstance(block, H3Block):
+                yield block.mlp.fc2
+                if isinstance(block.mixer, CachedSelfAttention) or self.config.rescale_mixer_out_proj:
+                    yield block.mixer.out_proj
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -228,6 +239,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = H3Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.loss_function = next_token_loss
         self.post_init()
 
     def forward(
@@ -302,7 +314,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             kept = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         else:
             kept = hidden_states[:, logits_to_keep]
-        logits = self.lm_head(kept)[..., : self.config.vocab_size]
+        logits = project_tokens(self.lm_head, kept)[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             is_packable = past_key_values is None and read_padding(attention_mask, labels, None).real is None
@@ -323,12 +335,18 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         return result if return_dict else result.to_tuple()
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare one call of `generate`: Transformers' own way, and a look at the prompt's ids on any device."""
-        if is_first_iteration and input_ids.numel():
+        if is_first_iteration and inputs_embeds is None and input_ids.numel():
             check_vocabulary(input_ids, self.config.vocab_size)
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         # `generate` asks the cache for its length before the model sees it.

@@ -1,0 +1,36 @@
+"""The language modelling loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.loss.loss_utils import fixed_cross_entropy
+
+
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """Give the cross entropy of each token given those before it, as Transformers does, but in float64 for float64.
+
+    Args:
+        logits: Shape (B, L, vocab_size).
+        labels: Ids, shape (B, L), aligned with the input; shifted by one here.
+        vocab_size: Columns of the logits.
+        num_items_in_batch: Divisor of the summed loss; None for the mean over the tokens that count.
+        ignore_index: The label of tokens that do not count.
+        shift_labels: Ids, shape (B, L), already shifted, in place of ``labels``.
+
+    Returns:
+        The loss in nats, without axes, float32 or float64.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index)
