@@ -49,5 +49,7 @@ def describe(error: BaseException) -> str:
 def fail(message: str, *, exit_code: int = FAILED, label: str = "error") -> NoReturn:
     """Print ``hippos: error: message`` on standard error and end the command with ``exit_code``."""
     sys.stdout.flush()
+    if exit_code == INTERRUPTED and sys.stderr.isatty():
+        typer.echo(err=True)  # leave the line on which the terminal shows ^C
     typer.echo(f"hippos: {label}: {message}", err=True)
     raise typer.Exit(exit_code)

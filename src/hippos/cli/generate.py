@@ -12,6 +12,9 @@ import typer
 
 from hippos.cli.quiet import quiet_transformers
 
+# Control characters but for tab and newline -> their pictures, such as the symbol for escape.
+_VISIBLE = {**{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}, 0x7F: 0x2421}
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder, training run, or name on the Hugging Face hub.")],
@@ -93,15 +96,19 @@ def _read_prompt(prompt: str | None) -> str:
 def _show(stream: Any, start: str) -> None:
     """Write the pieces as they come; the spinner goes away with the first."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no UTF-8 shows ? instead of failing
+        sys.stdout.reconfigure(errors="replace")  # where UTF-8 is not known, ? instead of an error
     with _waiting("Reading the prompt"):
         piece = next(stream, "")
-    sys.stdout.write(start + piece)
-    sys.stdout.flush()
+    _write(start + piece)
     for piece in stream:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        _write(piece)
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    """Write at once; on a terminal show control characters instead of obeying them."""
+    sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def _drain(stream: Any, max_new_tokens: int) -> None:

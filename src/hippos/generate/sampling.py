@@ -63,7 +63,7 @@ class Sampler:
         self.n_tokens = n_tokens
         self.is_greedy = sampling.temperature == 0
         self._generator = torch.Generator(device=device)
-        self.seed = self._generator.seed() % 2**63 if sampling.seed is None else sampling.seed
+        self.seed = self._generator.seed() % 2**32 if sampling.seed is None else sampling.seed
         self._generator.manual_seed(self.seed)
         self._warpers = LogitsProcessorList()
         if self.is_greedy:
