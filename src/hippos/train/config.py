@@ -74,6 +74,8 @@ class ModelConfig:
         for name in self.changes:
             if name in _FROM_THE_TOKENIZER:
                 raise ConfigError(f"model.{name} cannot be set: it comes from the tokenizer")
+        # Stored as JSON and read again, a configuration must be equal to itself.
+        object.__setattr__(self, "changes", {name: _without_lists(value) for name, value in self.changes.items()})
         self.h3_config()
 
     def h3_config(self, **tokens: int | None) -> Any:
@@ -236,7 +238,11 @@ def _section(section: Any, name: str, stored: Mapping[str, Any]) -> Any:
     if unknown := sorted(set(stored) - known):
         raise ConfigError(f"unknown key {name}.{unknown[0]} in a training configuration")
     # JSON has no tuples.
-    return section(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    return section(**{key: _without_lists(value) for key, value in stored.items()})
+
+
+def _without_lists(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(is_right: bool, name: str, wanted: str, section: Any) -> None:
