@@ -2,8 +2,7 @@
 
 Names in here: a program owns one channel. It cuts every sequence into chunks of CHUNK samples and works on a tile of
 LANES x STEPS chunks at a time, row ``lane * STEPS + step`` of every product. The lanes of a tile are SEQUENCES
-sequences of the batch times SEGMENTS consecutive segments of each; a lane's STEPS chunks follow one another. Triton
-lays a product's rows out so that the scan over a lane's steps stays inside a warp. States and operators are stored as
+sequences of the batch times SEGMENTS consecutive segments of each; a lane's STEPS chunks follow one another. States and operators are stored as
 (re, im) pairs along the modes and worked on as separate real and imaginary tensors. The schedule is derived in
 docs/math/flashconv.md.
 """
@@ -30,31 +29,84 @@ def exponent_to_half(peak):
 @triton.jit
 def peak_of(values):
     """The largest magnitude in a tile."""
-    return tl.max(tl.max(tl.abs(values), axis=1), axis=0)
+    return tl.max(tl.abs(values))
 
 
 @triton.jit
-def complex_exp(log_re, log_im, times):
-    """exp(times * log), exact in the phase to about 1e-7 for integer ``times`` below 4096 (1 at times = 0)."""
-    # times * log_im is rounded to its own size, hundreds of radians; twelve leading bits of log_im make it exact.
-    coarse = (log_im.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    far, near = times * coarse, times * (log_im - coarse)
-    far_re, far_im, near_re, near_im = tl.cos(far), tl.sin(far), tl.cos(near), tl.sin(near)
-    size = tl.where(times == 0, 1.0, tl.exp(times * log_re))  # 0 * -inf is no number
-    return size * (far_re * near_re - far_im * near_im), size * (far_re * near_im + far_im * near_re)
+def _leading_bits(x):
+    """x with its last 12 significant bits cleared: products of two such numbers are exact in float32."""
+    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def load_pairs(ptr, channel, n_modes, modes):
-    """Real and imaginary parts of one channel's (M, 2) pairs, zero past the last mode."""
-    mask = modes < n_modes
+def _fixed_point(turns):
+    """The fraction of ``turns`` as an int32 whose 2**32 steps are one turn, so that integer overflow wraps it."""
+    return ((turns - tl.floor(turns + 0.5)) * 4294967296.0).to(tl.int32)
+
+
+@triton.jit
+def phase_of(angle):
+    """An angle in radians as a 32-bit fraction of a turn, exact to about 2**-31 of a turn."""
+    # 1 / (2 pi) in three parts; the products of leading parts are exact.
+    head: tl.constexpr = 2607 / 16384
+    middle: tl.constexpr = 2378 / 65536000
+    tail: tl.constexpr = 0.15915494309189535 - 2607 / 16384 - 2378 / 65536000
+    leading = _leading_bits(angle)
+    rest = angle - leading
+    middle_leading = _leading_bits(angle * 0.0 + middle)
+    phase = _fixed_point(leading * head) + _fixed_point(rest * head)
+    phase += _fixed_point(leading * middle_leading) + _fixed_point(rest * middle_leading)
+    return phase + _fixed_point(angle * ((middle - middle_leading) + tail))
+
+
+@triton.jit
+def complex_power(log_size, phase, exponent):
+    """a ** exponent from log |a|, the phase of a and an int32 exponent >= 0, as re, im; 1 at exponent 0.
+
+    The phase is multiplied modulo one turn without rounding, so it stays exact for any exponent. Sine and cosine are
+    polynomials on an eighth of a turn each way, right to 1e-7 and free of the library's slow path.
+    """
+    angle = phase * exponent
+    quarter = (angle + 536870912) >> 30
+    x = (angle - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # radians in [-pi/4, pi/4]
+    z = x * x
+    sin = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    is_odd = (quarter & 1) != 0
+    re, im = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
+    re, im = tl.where(((quarter + 1) & 2) != 0, -re, re), tl.where((quarter & 2) != 0, -im, im)
+    size = tl.where(exponent == 0, 1.0, tl.exp(exponent.to(tl.float32) * log_size))  # 0 * -inf is no number
+    return size * re, size * im
+
+
+@triton.jit
+def load_parameter(ptr, channel, n_modes, MODES: tl.constexpr):
+    """Real and imaginary parts of one channel's (M, 2) pairs as (1, MODES), zero past the last mode."""
+    modes = tl.arange(0, MODES)[None, :]
     at = ptr + (channel * n_modes + modes).to(tl.int64) * 2
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32), tl.load(at + 1, mask=mask, other=0.0).to(tl.float32)
+    mask = modes < n_modes
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def to_pairs(re, im):
+    """(n, MODES) real and imaginary parts as the (n, 2 MODES) that memory holds."""
+    n: tl.constexpr = re.shape[0]
+    modes: tl.constexpr = re.shape[1]
+    return tl.reshape(tl.join(re, im), (n, 2 * modes))
+
+
+@triton.jit
+def from_pairs(pairs):
+    """Undo `to_pairs`."""
+    n: tl.constexpr = pairs.shape[0]
+    width: tl.constexpr = pairs.shape[1]
+    return tl.split(tl.reshape(pairs, (n, width // 2, 2)))
 
 
 @triton.jit
 def _store_operand(ptr, plane_stride, values, PLANES: tl.constexpr):
-    """Store a scaled operand as one 16-bit part, as the sum of two, or as float32 (which has one part)."""
+    """Store an operand in the pointer's dtype, or as the sum of two parts of that dtype."""
     leading = values.to(ptr.dtype.element_ty)
     tl.store(ptr, leading)
     if PLANES == 2:
@@ -65,23 +117,25 @@ def _store_operand(ptr, plane_stride, values, PLANES: tl.constexpr):
 def chunk_operators_kernel(
     log_a_ptr, b_ptr, c_ptr, d_ptr, taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
     n_heads, n_modes,
-    CHUNK: tl.constexpr, MODES: tl.constexpr, PLANES: tl.constexpr, IS_HALF: tl.constexpr, HAS_D: tl.constexpr,
+    CHUNK: tl.constexpr, MODES: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
     """One channel's operators: K[:CHUNK] with D in its first tap, samples to state, state to samples, decay, scales.
 
     ``into[j, m] = b a^(CHUNK-1-j)`` and ``outof[i, m] = (2 Re, -2 Im) c a^(i+1)``, both (CHUNK, MODES, 2); ``decay[m] =
-    a^CHUNK``, (MODES, 2). ``exponents`` holds the powers of two by which taps, into and outof are scaled.
+    a^CHUNK``, (MODES, 2). ``exponents`` holds the powers of two by which taps, into and outof are scaled
+    to fill the range of float16; bfloat16 and float32 operators are not scaled.
     """
     channel = tl.program_id(0)
-    modes, times = tl.arange(0, MODES), tl.arange(0, CHUNK)
-    log_re, log_im = load_pairs(log_a_ptr, channel, n_modes, modes)
-    b_re, b_im = load_pairs(b_ptr, channel, n_modes, modes)
-    c_re, c_im = load_pairs(c_ptr, channel, n_modes, modes)
-    a_re, a_im = complex_exp(log_re, log_im, 1.0)
-    decay_re, decay_im = complex_exp(log_re, log_im, CHUNK * 1.0)
-    tl.store(decay_ptr + (channel * MODES + modes) * 2, decay_re)
-    tl.store(decay_ptr + (channel * MODES + modes) * 2 + 1, decay_im)
-    power_re, power_im = complex_exp(log_re[None, :], log_im[None, :], times[:, None].to(tl.float32))  # (CHUNK, MODES)
+    times = tl.arange(0, CHUNK)
+    pairs = tl.arange(0, 2 * MODES)[None, :]
+    log_re, log_im = load_parameter(log_a_ptr, channel, n_modes, MODES)
+    b_re, b_im = load_parameter(b_ptr, channel, n_modes, MODES)
+    c_re, c_im = load_parameter(c_ptr, channel, n_modes, MODES)
+    phase = phase_of(log_im)
+    decay_re, decay_im = complex_power(log_re, phase, tl.full((1, 1), CHUNK, tl.int32))
+    tl.store(decay_ptr + channel * (2 * MODES) + pairs, to_pairs(decay_re, decay_im))
+    a_re, a_im = complex_power(log_re, phase, tl.full((1, 1), 1, tl.int32))
+    power_re, power_im = complex_power(log_re, phase, times[:, None])  # (CHUNK, MODES)
 
     into_re, into_im = b_re * power_re - b_im * power_im, b_re * power_im + b_im * power_re
     ca_re, ca_im = c_re * a_re - c_im * a_im, c_re * a_im + c_im * a_re
@@ -89,14 +143,13 @@ def chunk_operators_kernel(
     taps = 2 * tl.sum(c_re * into_re - c_im * into_im, axis=1)
     if HAS_D:
         taps += tl.where(times == 0, tl.load(d_ptr + channel).to(tl.float32), 0.0)
+    into, outof = to_pairs(into_re, into_im), to_pairs(outof_re, outof_im)
 
-    if IS_HALF:
+    if IS_SCALED:
         tap_exponent = exponent_to_half(tl.max(tl.abs(taps), axis=0))
-        into_exponent = exponent_to_half(peak_of(tl.maximum(tl.abs(into_re), tl.abs(into_im))))
-        outof_exponent = exponent_to_half(peak_of(tl.maximum(tl.abs(outof_re), tl.abs(outof_im))))
+        into_exponent, outof_exponent = exponent_to_half(peak_of(into)), exponent_to_half(peak_of(outof))
         taps *= two_to(tap_exponent)
-        into_re, into_im = into_re * two_to(into_exponent), into_im * two_to(into_exponent)
-        outof_re, outof_im = outof_re * two_to(outof_exponent), outof_im * two_to(outof_exponent)
+        into, outof = into * two_to(into_exponent), outof * two_to(outof_exponent)
         tl.store(exponents_ptr + channel * 3, tap_exponent)
         tl.store(exponents_ptr + channel * 3 + 1, into_exponent)
         tl.store(exponents_ptr + channel * 3 + 2, outof_exponent)
@@ -104,48 +157,99 @@ def chunk_operators_kernel(
     _store_operand(taps_ptr + channel * CHUNK + times, plane, taps, PLANES)
     plane *= 2 * MODES
     base = channel.to(tl.int64) * (2 * CHUNK * MODES)
-    backwards = base + (CHUNK - 1 - times)[:, None] * (2 * MODES) + modes[None, :] * 2
-    forwards = base + times[:, None] * (2 * MODES) + modes[None, :] * 2
-    _store_operand(into_ptr + backwards, plane, into_re, PLANES)
-    _store_operand(into_ptr + backwards + 1, plane, into_im, PLANES)
-    _store_operand(outof_ptr + forwards, plane, outof_re, PLANES)
-    _store_operand(outof_ptr + forwards + 1, plane, outof_im, PLANES)
+    _store_operand(into_ptr + base + (CHUNK - 1 - times)[:, None] * (2 * MODES) + pairs, plane, into, PLANES)
+    _store_operand(outof_ptr + base + times[:, None] * (2 * MODES) + pairs, plane, outof, PLANES)
 
 
 @triton.jit
-def _compose(
-    a_re, a_im, v_re, v_im, f_re, f_im, e_re, e_im, a_re2, a_im2, v_re2, v_im2, f_re2, f_im2, e_re2, e_im2
-):  # fmt: skip
-    """Compose two stretches of the recurrence: end = a start + v, and the state before the last step = f start + e."""
-    return (
-        a_re2 * a_re - a_im2 * a_im, a_re2 * a_im + a_im2 * a_re,
-        a_re2 * v_re - a_im2 * v_im + v_re2, a_re2 * v_im + a_im2 * v_re + v_im2,
-        f_re2 * a_re - f_im2 * a_im, f_re2 * a_im + f_im2 * a_re,
-        f_re2 * v_re - f_im2 * v_im + e_re2, f_re2 * v_im + f_im2 * v_re + e_im2,
-    )  # fmt: skip
+def _unfold(x, COUNT: tl.constexpr):
+    """The COUNT (1, 2 or 4) tensors (n, MODES) that x (n, COUNT, MODES) holds."""
+    n: tl.constexpr = x.shape[0]
+    modes: tl.constexpr = x.shape[2]
+    if COUNT == 1:
+        return (tl.reshape(x, (n, modes)),)
+    elif COUNT == 2:
+        return tl.split(tl.permute(x, (0, 2, 1)))
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (n, 2, 2, modes)), (0, 3, 1, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        return x0, x1, x2, x3
+
+
+@triton.jit
+def _fold(parts, COUNT: tl.constexpr):
+    """Undo `_unfold`."""
+    n: tl.constexpr = parts[0].shape[0]
+    modes: tl.constexpr = parts[0].shape[1]
+    if COUNT == 1:
+        return tl.reshape(parts[0], (n, 1, modes))
+    elif COUNT == 2:
+        return tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1))
+    else:
+        both = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+        return tl.reshape(tl.permute(both, (0, 2, 3, 1)), (n, 4, modes))
+
+
+@triton.jit
+def sum_steps(x, COUNT: tl.constexpr):
+    """Sum x (n, COUNT, MODES) over COUNT. Triton 3.6 fails to compile some loops that accumulate a tl.sum."""
+    parts = _unfold(x, COUNT)
+    if COUNT == 1:
+        return parts[0]
+    elif COUNT == 2:
+        return parts[0] + parts[1]
+    else:
+        return (parts[0] + parts[1]) + (parts[2] + parts[3])
+
+
+@triton.jit
+def _advance(s_re, s_im, a_re, a_im, v_re, v_im):
+    """One step of the recurrence: a s + v."""
+    return a_re * s_re - a_im * s_im + v_re, a_re * s_im + a_im * s_re + v_im
 
 
 @triton.jit
 def _scan(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr):
-    """The states before each step, and the state after the last, of a tile v (n, steps, MODES) that starts from carry.
+    """The states before each step, and the state after the last, of v (n, 1 or 2 or 4, MODES) started from carry.
 
-    Args: a: the decay over one step, (MODES,); carry: (n, MODES).
+    Args: a: the decay over one step, (1, MODES); carry: (n, MODES).
     """
-    n_steps: tl.constexpr = v_re.shape[1]
-    steps = tl.arange(0, n_steps)[None, :, None]
-    first = steps == (n_steps - 1 if REVERSE else 0)
-    last = steps == (0 if REVERSE else n_steps - 1)
-    zero = v_re * 0.0
-    a_re, a_im = zero + a_re[None, None, :], zero + a_im[None, None, :]
-    start_re, start_im = carry_re[:, None, :], carry_im[:, None, :]
-    v_re += tl.where(first, a_re * start_re - a_im * start_im, 0.0)
-    v_im += tl.where(first, a_re * start_im + a_im * start_re, 0.0)
-    e_re, e_im = tl.where(first, start_re, zero), tl.where(first, start_im, zero)
-    _, _, v_re, v_im, _, _, e_re, e_im = tl.associative_scan(
-        (a_re, a_im, v_re, v_im, zero + 1.0, zero, e_re, e_im), 1, _compose, reverse=REVERSE
-    )
-    end_re, end_im = tl.sum(tl.where(last, v_re, 0.0), axis=1), tl.sum(tl.where(last, v_im, 0.0), axis=1)
-    return e_re, e_im, end_re, end_im
+    COUNT: tl.constexpr = v_re.shape[1]
+    re, im = _unfold(v_re, COUNT), _unfold(v_im, COUNT)
+    if COUNT == 1:
+        end_re, end_im = _advance(carry_re, carry_im, a_re, a_im, re[0], im[0])
+        return _fold((carry_re,), 1), _fold((carry_im,), 1), end_re, end_im
+    elif COUNT == 2:
+        first: tl.constexpr = 1 if REVERSE else 0
+        mid_re, mid_im = _advance(carry_re, carry_im, a_re, a_im, re[first], im[first])
+        end_re, end_im = _advance(mid_re, mid_im, a_re, a_im, re[1 - first], im[1 - first])
+        if REVERSE:
+            return _fold((mid_re, carry_re), 2), _fold((mid_im, carry_im), 2), end_re, end_im
+        else:
+            return _fold((carry_re, mid_re), 2), _fold((carry_im, mid_im), 2), end_re, end_im
+    else:
+        first: tl.constexpr = 3 if REVERSE else 0
+        step: tl.constexpr = -1 if REVERSE else 1
+        s1_re, s1_im = _advance(carry_re, carry_im, a_re, a_im, re[first], im[first])
+        s2_re, s2_im = _advance(s1_re, s1_im, a_re, a_im, re[first + step], im[first + step])
+        s3_re, s3_im = _advance(s2_re, s2_im, a_re, a_im, re[first + 2 * step], im[first + 2 * step])
+        end_re, end_im = _advance(s3_re, s3_im, a_re, a_im, re[first + 3 * step], im[first + 3 * step])
+        if REVERSE:
+            e_re, e_im = _fold((s3_re, s2_re, s1_re, carry_re), 4), _fold((s3_im, s2_im, s1_im, carry_im), 4)
+        else:
+            e_re, e_im = _fold((carry_re, s1_re, s2_re, s3_re), 4), _fold((carry_im, s1_im, s2_im, s3_im), 4)
+        return e_re, e_im, end_re, end_im
+
+
+@triton.jit
+def _power(a_re, a_im, EXPONENT: tl.constexpr):
+    """a ** 1, 2 or 4."""
+    if EXPONENT >= 2:
+        a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
+    if EXPONENT == 4:
+        a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
+    return a_re, a_im
 
 
 @triton.jit
@@ -155,7 +259,9 @@ def pass_states(
 ):  # fmt: skip
     """States before every chunk of a tile from the chunks' own contributions.
 
-    Args: v (LANES, STEPS, MODES); a, the decay over a chunk, (MODES,); carry (SEQUENCES, MODES), the state before.
+    Scans by fours: the steps of a lane, then the lanes of a sequence in one or two levels, then back down.
+
+    Args: v (LANES, STEPS, MODES); a, the decay over a chunk, (1, MODES); carry (SEQUENCES, MODES), the state before.
     Returns: the states (LANES, STEPS, MODES) and the carry after the tile, each as re, im.
     """
     if SEGMENTS == 1:
@@ -163,17 +269,27 @@ def pass_states(
     else:
         modes: tl.constexpr = v_re.shape[2]
         lanes: tl.constexpr = SEQUENCES * SEGMENTS
+        inner: tl.constexpr = min(SEGMENTS, 4)
+        outer: tl.constexpr = SEGMENTS // inner
         none = tl.zeros((lanes, modes), tl.float32)
-        _, _, end_re, end_im = _scan(v_re, v_im, a_re, a_im, none, none, REVERSE)
-        across_re, across_im = a_re, a_im
-        for doubling in tl.static_range(10):
-            if (2 << doubling) <= STEPS:
-                across_re, across_im = across_re * across_re - across_im * across_im, 2 * across_re * across_im
-        end_re = tl.reshape(end_re, (SEQUENCES, SEGMENTS, modes))
-        end_im = tl.reshape(end_im, (SEQUENCES, SEGMENTS, modes))
-        start_re, start_im, carry_re, carry_im = _scan(
-            end_re, end_im, across_re, across_im, carry_re, carry_im, REVERSE
-        )
+        _, _, lane_re, lane_im = _scan(v_re, v_im, a_re, a_im, none, none, REVERSE)
+        lane_re = tl.reshape(lane_re, (SEQUENCES * outer, inner, modes))
+        lane_im = tl.reshape(lane_im, (SEQUENCES * outer, inner, modes))
+        lane_a_re, lane_a_im = _power(a_re, a_im, STEPS)
+        if outer == 1:
+            start_re, start_im, carry_re, carry_im = _scan(
+                lane_re, lane_im, lane_a_re, lane_a_im, carry_re, carry_im, REVERSE
+            )
+        else:
+            none = tl.zeros((SEQUENCES * outer, modes), tl.float32)
+            _, _, far_re, far_im = _scan(lane_re, lane_im, lane_a_re, lane_a_im, none, none, REVERSE)
+            far_re = tl.reshape(far_re, (SEQUENCES, outer, modes))
+            far_im = tl.reshape(far_im, (SEQUENCES, outer, modes))
+            far_a_re, far_a_im = _power(lane_a_re, lane_a_im, inner)
+            far_re, far_im, carry_re, carry_im = _scan(far_re, far_im, far_a_re, far_a_im, carry_re, carry_im, REVERSE)
+            far_re = tl.reshape(far_re, (SEQUENCES * outer, modes))
+            far_im = tl.reshape(far_im, (SEQUENCES * outer, modes))
+            start_re, start_im, _, _ = _scan(lane_re, lane_im, lane_a_re, lane_a_im, far_re, far_im, REVERSE)
         start_re, start_im = tl.reshape(start_re, (lanes, modes)), tl.reshape(start_im, (lanes, modes))
         e_re, e_im, _, _ = _scan(v_re, v_im, a_re, a_im, start_re, start_im, REVERSE)
         return e_re, e_im, carry_re, carry_im
@@ -198,12 +314,12 @@ def load_operator(ptr, CHUNK: tl.constexpr, MODES: tl.constexpr, TRANSPOSED: tl.
 
 
 @triton.jit
-def to_operand(values, exponent, IS_HALF: tl.constexpr):
-    """The tile as it enters a product: scaled float16, or float32 as it is."""
-    if IS_HALF:
-        return (values * two_to(exponent)).to(tl.float16)
+def to_operand(values, exponent, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
+    """The tile as it enters a product: in the operators' dtype, scaled where that is float16."""
+    if IS_SCALED:
+        return (values * two_to(exponent)).to(dtype)
     else:
-        return values
+        return values.to(dtype)
 
 
 @triton.jit
@@ -214,7 +330,7 @@ def ssm_conv_fwd_kernel(
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, y_stride_b, y_stride_h,
     batch, n_heads, seqlen, n_whole, n_tiles, n_groups, groups_per_program, n_saved,
     CHUNK: tl.constexpr, STEPS: tl.constexpr, SEQUENCES: tl.constexpr, SEGMENTS: tl.constexpr, MODES: tl.constexpr,
-    SAVE_TILES: tl.constexpr, PLANES: tl.constexpr, IS_HALF: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE_TILES: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_INITIAL: tl.constexpr, WANTS_STATE: tl.constexpr,
     N_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -231,8 +347,7 @@ def ssm_conv_fwd_kernel(
     first_group = (tl.program_id(0) % splits) * groups_per_program
     n_items = tl.minimum(groups_per_program, n_groups - first_group) * n_tiles
 
-    modes = tl.arange(0, MODES)
-    decay_re, decay_im = load_pairs(decay_ptr, channel, MODES, modes)
+    decay_re, decay_im = load_parameter(decay_ptr, channel, MODES, MODES)  # (1, MODES)
     taps_ptr += channel * CHUNK
     into_ptr += channel.to(tl.int64) * (2 * CHUNK * MODES)
     outof_ptr += channel.to(tl.int64) * (2 * CHUNK * MODES)
@@ -245,7 +360,7 @@ def ssm_conv_fwd_kernel(
         into_rest = load_operator(into_ptr + plane * (2 * MODES), CHUNK, MODES, False)
         outof_rest = load_operator(outof_ptr + plane * (2 * MODES), CHUNK, MODES, True)
     tap_exponent, into_exponent, outof_exponent = 0, 0, 0
-    if IS_HALF:
+    if IS_SCALED:
         tap_exponent = tl.load(exponents_ptr + channel * 3)
         into_exponent = tl.load(exponents_ptr + channel * 3 + 1)
         outof_exponent = tl.load(exponents_ptr + channel * 3 + 2)
@@ -268,7 +383,9 @@ def ssm_conv_fwd_kernel(
         x = tl.load(u_ptr + (sequence * u_stride_b + start)[:, None] + cols[None, :], mask=mask, other=0.0)
         x = x.to(tl.float32)
         if HAS_IN:
-            gate = tl.load(in_gate_ptr + (sequence * in_stride_b + start)[:, None] + cols[None, :], mask=mask, other=0.0)
+            gate = tl.load(
+                in_gate_ptr + (sequence * in_stride_b + start)[:, None] + cols[None, :], mask=mask, other=0.0
+            )
             x *= gate.to(tl.float32)
         if HAS_OUT:
             out_gate = tl.load(
@@ -276,30 +393,29 @@ def ssm_conv_fwd_kernel(
             )
 
         x_exponent = 0
-        if IS_HALF:
+        if IS_SCALED:
             x_exponent = exponent_to_half(peak_of(x))
-        x = to_operand(x, x_exponent, IS_HALF)
+        x = to_operand(x, x_exponent, into.dtype, IS_SCALED)
         v = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:
             v = tl.dot(x, into_rest, v, input_precision=PRECISION)
-        if IS_HALF:
+        if IS_SCALED:
             v = v * two_to(-x_exponent) * two_to(-into_exponent)
         v_re, v_im = tl.split(tl.reshape(v, (LANES, STEPS, MODES, 2)))
 
-        group_sequence = group * SEQUENCES + tl.arange(0, SEQUENCES)
-        carry_at = (group_sequence.to(tl.int64) * n_heads + channel)[:, None] * (2 * MODES) + modes[None, :] * 2
-        is_sequence = (group_sequence < batch)[:, None] & (modes >= 0)[None, :]
+        carried = group * SEQUENCES + tl.arange(0, SEQUENCES)
+        carry_at = (carried.to(tl.int64) * n_heads + channel)[:, None] * (2 * MODES) + pairs[None, :]
+        is_carried = (carried < batch)[:, None] & (pairs >= 0)[None, :]
         carry_re, carry_im = tl.where(tile == 0, 0.0, carry_re), tl.where(tile == 0, 0.0, carry_im)
         if HAS_INITIAL:
-            is_first = is_sequence & (tile == 0)
-            carry_re += tl.load(initial_ptr + carry_at, mask=is_first, other=0.0)
-            carry_im += tl.load(initial_ptr + carry_at + 1, mask=is_first, other=0.0)
+            initial = tl.load(initial_ptr + carry_at, mask=is_carried & (tile == 0), other=0.0)
+            initial_re, initial_im = from_pairs(initial)
+            carry_re, carry_im = carry_re + initial_re, carry_im + initial_im
         if SAVE_TILES > 0:
             if tile % SAVE_TILES == 0:
-                cell = (group_sequence.to(tl.int64) * n_heads + channel) * n_saved + tile // SAVE_TILES
-                at = saved_ptr + cell[:, None] * (2 * MODES) + modes[None, :] * 2
-                tl.store(at, carry_re, mask=is_sequence)
-                tl.store(at + 1, carry_im, mask=is_sequence)
+                cell = (carried.to(tl.int64) * n_heads + channel) * n_saved + tile // SAVE_TILES
+                at = saved_ptr + cell[:, None] * (2 * MODES) + pairs[None, :]
+                tl.store(at, to_pairs(carry_re, carry_im), mask=is_carried)
         state_re, state_im, carry_re, carry_im = pass_states(
             v_re, v_im, decay_re, decay_im, carry_re, carry_im, STEPS, SEQUENCES, SEGMENTS, False
         )
@@ -311,23 +427,22 @@ def ssm_conv_fwd_kernel(
                 is_end = (sequence < batch) & (tile * TILE + row_chunk == n_whole)
                 tl.store(at, state, mask=is_end[:, None] & (pairs >= 0)[None, :])
             if (tile + 1) * TILE == n_whole:
-                tl.store(state_ptr + carry_at, carry_re, mask=is_sequence)
-                tl.store(state_ptr + carry_at + 1, carry_im, mask=is_sequence)
+                tl.store(state_ptr + carry_at, to_pairs(carry_re, carry_im), mask=is_carried)
         state_exponent = 0
-        if IS_HALF:
+        if IS_SCALED:
             # One accumulator serves both products, so the states' scale stays within 2**16 of the samples' scale.
             state_exponent = exponent_to_half(peak_of(state))
             state_exponent = tl.minimum(state_exponent, x_exponent + tap_exponent - outof_exponent + 16)
-        state = to_operand(state, state_exponent, IS_HALF)
+        state = to_operand(state, state_exponent, into.dtype, IS_SCALED)
         acc = tl.dot(x, toeplitz, input_precision=PRECISION)
         if PLANES == 2:
             acc = tl.dot(x, toeplitz_rest, acc, input_precision=PRECISION)
-        if IS_HALF:
+        if IS_SCALED:
             acc *= two_to(tl.maximum(state_exponent + outof_exponent - x_exponent - tap_exponent, -120))
         acc = tl.dot(state, outof, acc, input_precision=PRECISION)
         if PLANES == 2:
             acc = tl.dot(state, outof_rest, acc, input_precision=PRECISION)
-        if IS_HALF:
+        if IS_SCALED:
             acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
         if HAS_OUT:
             acc *= out_gate.to(tl.float32)

@@ -79,9 +79,9 @@ def place(batch: int, seqlen: int, schedule: Schedule, *, longest_span: int | No
     longest = next_power_of_two(n_chunks)
     if longest_span is not None:
         longest = min(longest, longest_span // schedule.chunk)
-    steps = min(schedule.rows // schedule.lanes, longest)
+    steps = min(schedule.rows // schedule.lanes, longest, 4)  # the kernels scan by fours
     lanes = schedule.rows // steps
-    segments = min(lanes // min(lanes, next_power_of_two(batch)), max(1, longest // steps))
+    segments = min(lanes // min(lanes, next_power_of_two(batch)), max(1, longest // steps), 16)
     sequences = lanes // segments
     span = schedule.chunk * steps * segments
     return Geometry(steps, sequences, segments, span, -(-seqlen // span), -(-batch // sequences))
@@ -103,8 +103,8 @@ def backward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) ->
     if device.type != "cuda":
         return Schedule(chunk=16, rows=16, lanes=4)
     if dtype == torch.float32:
-        return Schedule(chunk=32, rows=64, lanes=4, num_warps=8)
-    return Schedule(chunk=64, rows=64, lanes=4, num_warps=8)
+        return Schedule(chunk=32, rows=64, lanes=16, num_warps=8)
+    return Schedule(chunk=64, rows=64, lanes=16, num_warps=8)
 
 
 @lru_cache
