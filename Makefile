@@ -25,11 +25,11 @@ setup: $(STAMP)  ## Make .venv and install hippos with its development tools
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "hippos needs Python 3.11 or newer, %s is %d.%d; name another with: make PYTHON=python3.12 ..." % (sys.executable, v[0], v[1]))'
 	@echo "Setting up $(VENV) (a minute or two) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 	    echo "No venv with pip from $(PYTHON); bringing pip in from outside"; \
-	    $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1" $(PIP_ARGS)
-	@$(BIN)/python -m pip install -q -c constraints.txt -e . --group dev --group docs $(PIP_ARGS)
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
+	@$(BIN)/python -m pip install -qq --upgrade "pip>=25.1" $(PIP_ARGS)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e . --group dev --group docs $(PIP_ARGS)
 	@touch $@
 
 demo: setup  ## Train a small hybrid H3 on Python's own source, then write text with it
