@@ -58,7 +58,7 @@ types: setup  ## Check types
 	$(BIN)/mypy
 
 imports: setup  ## Check that the rooms import one way
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 docs: setup  ## Build the documentation in site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hippos import H3Config, H3ForCausalLM
+
 END = "<|endoftext|>"
 
 
@@ -65,3 +67,21 @@ def random_gpt2(tokenizer) -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def random_h3() -> H3ForCausalLM:
+    """A hybrid of two H3 layers and one attention layer, with random weights."""
+    config = H3Config(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        attn_layers=(1,),
+        state_size=8,
+        initializer_range=0.2,
+        eos_token_id=256,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return H3ForCausalLM(config).eval()

@@ -76,13 +76,14 @@ def test_tokenizer_of_another_model_is_an_error(script, tokenizer):
         stream_text(script("a", vocab_size=10), tokenizer, "z")
 
 
-def test_greedy_is_what_transformers_writes(random_gpt2, tokenizer):
+@pytest.mark.parametrize("name", ["random_gpt2", "random_h3"])
+def test_greedy_is_what_transformers_writes(name, request, tokenizer):
+    model = request.getfixturevalue(name)
     prompt = tokenizer("hello", return_tensors="pt")
-    expected = random_gpt2.generate(
-        **prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, suppress_tokens=list(range(257, 320))
-    )
+    beyond = list(range(len(tokenizer), model.config.vocab_size))
+    expected = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, suppress_tokens=beyond)
     expected_text = tokenizer.decode(expected[0, 5:], skip_special_tokens=True)
-    assert generate_text(random_gpt2, tokenizer, "hello", GREEDY).text == expected_text
+    assert generate_text(model, tokenizer, "hello", GREEDY).text == expected_text
 
 
 def test_same_seed_same_text_and_another_seed_another(random_gpt2, tokenizer):
