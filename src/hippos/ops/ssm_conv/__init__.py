@@ -15,6 +15,7 @@ from hippos.ops.arguments import (
     check_tensor,
     document_bounds,
 )
+from hippos.ops.ssm_conv.chunked_op import ssm_conv_torch
 from hippos.ops.ssm_conv.reference import ssm_conv_reference
 
 __all__ = ["ssm_conv"]
@@ -134,5 +135,9 @@ def ssm_conv(
         axes, n_states = ("B", batch) if bounds is None else ("n_docs", len(bounds) - 1)
         sizes = (n_states, *log_a.shape)
         check_tensor("initial_state", initial_state, f"{axes}, H, M, 2", sizes, like=u, dtypes=PARAMETER_DTYPES)
-    y, state = ssm_conv_reference(u, log_a, b, c, d, in_gate, out_gate, initial_state, bounds)
+    inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    if impl == "reference":
+        y, state = ssm_conv_reference(*inputs, bounds)
+    else:
+        y, state = ssm_conv_torch(*inputs, bounds, return_state)
     return (y, state) if return_state else y

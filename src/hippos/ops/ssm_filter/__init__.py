@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_impl, check_modes, check_tensor
+from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_filter.reference import ssm_filter_reference
+from hippos.ops.ssm_filter.two_level import ssm_filter_two_level
 
 __all__ = ["shift_filter", "ssm_filter"]
 
@@ -41,7 +43,8 @@ def ssm_filter(log_a: Tensor, b: Tensor, c: Tensor, filter_len: int, *, impl: Im
         raise TypeError(f"filter_len must be an integer, got {type(filter_len).__name__}")
     if filter_len < 1:
         raise ValueError(f"filter_len must be at least 1, got {filter_len}")
-    return ssm_filter_reference(log_a, b, c, filter_len)
+    implementation = ssm_filter_reference if impl == "reference" else ssm_filter_two_level
+    return implementation(log_a, b, c, filter_len)
 
 
 def shift_filter(b: Tensor, c: Tensor) -> Tensor:
@@ -70,5 +73,5 @@ def shift_filter(b: Tensor, c: Tensor) -> Tensor:
         raise ValueError(f"the shift SSM needs at least one state, got shape {tuple(b.shape)}")
     # Row n of the Hankel matrix holds c[n:], zero beyond the end, so that the product sums c[n + l] b[n].
     hankel = torch.nn.functional.pad(c, (0, d_state - 1)).unfold(-1, d_state, 1)  # (D, N, N)
-    with torch.autocast(b.device.type, enabled=False):
+    with without_autocast(b.device):
         return torch.einsum("dn,dnl->dl", b, hankel)
