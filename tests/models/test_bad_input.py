@@ -84,7 +84,17 @@ def test_attention_weights_need_the_eager_implementation(make_model, ids):
     assert not out.attentions[0].triu(1).any()
 
 
-def test_unknown_attention_implementation(make_model, tmp_path):
+def test_attention_implementation_chosen_in_loading(make_model, ids, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    eager = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+    text = ids(2, 5)
+    torch.testing.assert_close(eager(text).logits, model(text).logits)
+    assert len(eager(text, output_attentions=True).attentions) == 1
+
+
+def test_unknown_attention_implementation(make_model):
     model = make_model()
     with pytest.raises((ValueError, ImportError)):
         model.set_attn_implementation("flash_attention_2")

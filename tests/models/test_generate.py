@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
 
+from hippos.models import H3Config, H3ForCausalLM
+
 SHAPES = [
     pytest.param({"attn_layers": ()}, id="pure"),
     pytest.param({"attn_layers": (1,)}, id="hybrid"),
@@ -178,6 +180,11 @@ def test_text_generation_pipeline(make_model, word_tokenizer, tmp_path):
     assert together == alone
     assert alone[0].startswith(prompts[0])
     assert len(alone[0]) > len(prompts[0])
+
+
+def test_presets_end_where_their_texts_end():
+    config = H3Config.from_preset("125m", hidden_size=8, num_attention_heads=1, num_hidden_layers=1, attn_layers=())
+    assert H3ForCausalLM(config).generation_config.eos_token_id == 50256
 
 
 def test_auto_class_opens_the_model(make_model, tmp_path):

@@ -47,9 +47,11 @@ class H3Block(GradientCheckpointingLayer):
             The stream, and attention weights if there are any.
         """
         mixed, weights = self._mix(self.norm1(hidden_states), layout, past_key_values)
-        hidden_states = hidden_states + F.dropout(mixed, self.dropout, self.training)
-        found = self.mlp(self.norm2(hidden_states))
-        return hidden_states + F.dropout(found, self.dropout, self.training), weights
+        hidden_states = hidden_states + self._drop(mixed)
+        return hidden_states + self._drop(self.mlp(self.norm2(hidden_states))), weights
+
+    def _drop(self, update: Tensor) -> Tensor:
+        return F.dropout(update, self.dropout) if self.training and self.dropout else update
 
     def _mix(self, u: Tensor, layout: TokenLayout, past: Cache | None) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.mixer, CachedSelfAttention):
@@ -92,7 +94,12 @@ def mix_ssm(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer | N
         return mixer(packed, cu_seqlens=layout.cu_seqlens).view_as(u)
     if cached is None:
         return mixer(u, mask=layout.real)
+    y = _advance(mixer, u, layout, cached)
     cached.count(u.shape[1])
+    return y
+
+
+def _advance(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer) -> Tensor:
     state = cached.state
     if state is not None and torch.is_grad_enabled():
         state = H3State(state.shift.clone(), state.diag.clone())  # autograd keeps it, and it is overwritten below

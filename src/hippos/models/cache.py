@@ -105,6 +105,11 @@ class CountingCacheLayer(SSMCacheLayer, CacheLayerMixin):
 
     def count(self, n_tokens: int) -> None:
         """Add to the number of tokens seen."""
+        # On the states' device: a CPU tensor would keep a compiled step out of CUDA graphs.
+        if self.cumulative_length.device != self.device:
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.cumulative_length)
         self.cumulative_length.add_(n_tokens)
 
     def get_seq_length(self) -> Tensor:

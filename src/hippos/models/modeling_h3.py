@@ -191,9 +191,11 @@ class H3Model(H3PreTrainedModel):
             raise ValueError('output_attentions needs a model loaded with attn_implementation="eager"')
         states: list[Tensor] = []
         all_weights: list[Tensor] = []
-        hidden_states = F.dropout(hidden_states, self.config.embedding_dropout, self.training)
+        if self.training:
+            hidden_states = F.dropout(hidden_states, self.config.embedding_dropout)
         for block in self.layers:
-            states.append(hidden_states)
+            if wants_states:
+                states.append(hidden_states)
             hidden_states, weights = block(hidden_states, layout=layout, past_key_values=past_key_values)
             if weights is not None:
                 all_weights.append(weights)
