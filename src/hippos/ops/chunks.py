@@ -87,6 +87,30 @@ class Chunks:
             return rows.reshape(rows.shape[0], -1).index_select(-1, self._slots).unsqueeze(0)
         return self.grid(rows).transpose(0, 1).flatten(2)[..., : self.seqlen].contiguous()
 
+    def shift_down(self, rows: Tensor, first: Tensor | None) -> Tensor:
+        """Give each row what the row before it has; the first of each sequence gets ``first``, or zeros.
+
+        Takes (H, n_rows, X) and (H, n_sequences, X).
+        """
+        if isinstance(self.starts, slice):
+            before = self.grid(rows)[:, :, :-1]  # (H, B, C - 1, X)
+            first = torch.zeros_like(rows[:, self.starts]) if first is None else first
+            return torch.cat((first.unsqueeze(2), before), dim=2).flatten(1, 2)
+        before = F.pad(rows[:, :-1], (0, 0, 1, 0)) * self._links_column
+        return before if first is None else before.index_add(1, self.starts, first)
+
+    def shift_up(self, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """The adjoint of `shift_down`: gradients of its rows (H, n_rows, X), and of ``first`` (H, n_sequences, X)."""
+        d_first = grads[:, self.starts]
+        if self.links is None:
+            after = self.grid(grads)[:, :, 1:]
+            return F.pad(after, (0, 0, 0, 1)).flatten(1, 2), d_first
+        return F.pad((grads * self._links_column)[:, 1:], (0, 0, 0, 1)), d_first
+
+    @property
+    def _links_column(self) -> Tensor:
+        return self.links.unsqueeze(-1) if self.links is not None else torch.ones(())
+
     def align_right(self, last_rows: Tensor) -> Tensor:
         """Move the samples of each last row (H, n_sequences, T) to the row's end, what filled it up to the front."""
         return self._roll(last_rows, self.chunk_len - self.tail_lens)

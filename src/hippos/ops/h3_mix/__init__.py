@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from hippos.ops.arguments import Impl, check_impl, check_modes, check_signal, check_tensor, document_bounds
+from hippos.ops.h3_mix.chunked import h3_mix_torch
 from hippos.ops.h3_mix.reference import h3_mix_reference
 from hippos.ops.h3_mix.state import H3State, check_state
 
@@ -140,9 +141,13 @@ def h3_mix(
     if initial_state is not None:
         n_states = batch if bounds is None else len(bounds) - 1
         check_state("initial_state", initial_state, n_states, shift_filter, log_a, head_dim)
-    parameters = (shift_filter, shift_d, log_a, b, c, d)
-    y, state = h3_mix_reference(q, k, v, *parameters, head_dim, initial_state, bounds)
-    return (y, state) if return_state else y
+    arguments = (q, k, v, shift_filter, shift_d, log_a, b, c, d, head_dim, initial_state, bounds)
+    state: H3State | None
+    if impl == "reference":
+        y, state = h3_mix_reference(*arguments)
+    else:
+        y, state = h3_mix_torch(*arguments, return_state)
+    return y if state is None or not return_state else (y, state)
 
 
 def check_mix_parameters(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
@@ -63,8 +62,8 @@ def ssm_conv_chunked(inputs: Inputs, bounds: list[int] | None, *, return_state: 
         entering = None
         if chunks.has_links or inputs.initial_state is not None:
             initial_state = None if inputs.initial_state is None else to_halves(inputs.initial_state, dtype)
-            added = _shift_down(torch.bmm(samples, operators.write), initial_state, chunks)  # (H, B, C, 2M)
-            entering = scan_states(added, scale(modes.log_a, chunk_len), chunks.links).flatten(1, 2)
+            added = chunks.shift_down(torch.bmm(samples, operators.write), initial_state)
+            entering = scan_states(chunks.grid(added), scale(modes.log_a, chunk_len), chunks.links).flatten(1, 2)
             rows.baddbmm_(entering, operators.read.transpose(1, 2))
         state = _final_state(samples, entering, operators.write, modes.log_a, chunks) if return_state else None
         y = chunks.join(rows)
@@ -98,21 +97,6 @@ def tail_powers(log_a: Pair, chunks: Chunks, like: Tensor) -> tuple[Pair, Tensor
     """Abar^r for the r samples of each sequence's last row, shape (H, n_sequences or 1, M), and r, (n, 1)."""
     tail_lens = torch.as_tensor(chunks.tail_lens, dtype=like.dtype, device=like.device).view(-1, 1)
     return powers(log_a, tail_lens), tail_lens
-
-
-def _shift_down(leaving: Tensor, initial_state: Tensor | None, chunks: Chunks) -> Tensor:
-    """What is added to the state that enters each row: what the row before added, or the state handed in.
-
-    (H, n_rows, 2M) and (H, n_sequences, 2M) -> (H, B, C, 2M), C the rows of a sequence.
-    """
-    if chunks.links is None or isinstance(chunks.starts, slice):
-        before = chunks.grid(leaving)[:, :, :-1]
-        first = torch.zeros_like(leaving[:, chunks.starts]) if initial_state is None else initial_state
-        return torch.cat((first.unsqueeze(2), before), dim=2)
-    before = F.pad(leaving[:, :-1], (0, 0, 1, 0)) * chunks.links.unsqueeze(-1)
-    if initial_state is not None:
-        before = before.index_add(1, chunks.starts, initial_state)
-    return before.unsqueeze(1)
 
 
 def _final_state(samples: Tensor, entering: Tensor | None, write: Tensor, log_a: Pair, chunks: Chunks) -> Tensor:

@@ -105,11 +105,8 @@ class StateAdjoint:
         chunks, chunk_len = self.chunks, self.chunks.chunk_len
         links = None if chunks.links is None else F.pad(chunks.links[1:], (0, 1))
         log_carry = scale(self.log_a, chunk_len)
-        d_added = scan_states(chunks.grid(d_entering), log_carry, links, reverse=True)  # (H, B, C, 2M)
-        d_leaving = F.pad(d_added[:, :, 1:], (0, 0, 0, 1))
-        if links is not None:
-            d_leaving = d_leaving * links.unsqueeze(-1)
-        d_leaving = d_leaving.flatten(1, 2)  # (H, n_rows, 2M)
+        d_added = scan_states(chunks.grid(d_entering), log_carry, links, reverse=True).flatten(1, 2)
+        d_leaving, d_initial = chunks.shift_up(d_added)  # (H, n_rows, 2M)
         d_samples.baddbmm_(d_leaving, self.write.transpose(1, 2))
         samples = self.samples.transpose(1, 2)
         if self.d_write is None:
@@ -120,4 +117,4 @@ class StateAdjoint:
             d_carry = multiply_conj(split_halves(d_leaving), split_halves(self.entering)).sum(1)
             d_log_carry = scale(multiply_conj(d_carry, power(self.log_a, chunk_len)), chunk_len)
             self.d_log_a = add(self.d_log_a, d_log_carry)
-        return d_added.flatten(1, 2)[:, chunks.starts]
+        return d_initial
