@@ -10,12 +10,16 @@ from hippos.ops.fft_conv import fft_conv
 from hippos.ops.h3_mix import H3State, h3_mix
 from hippos.ops.ssm_conv import ssm_conv
 from hippos.ops.ssm_filter import shift_filter, ssm_filter
+from hippos.ops.ssm_filter.dplr import dplr_filter
+from hippos.ops.ssm_filter.dss import dss_filter
 from hippos.ops.ssm_step import h3_step, ssm_step
 
 __all__ = [
     "H3State",
     "Impl",
     "discretise",
+    "dplr_filter",
+    "dss_filter",
     "fft_conv",
     "h3_mix",
     "h3_step",

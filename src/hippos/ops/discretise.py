@@ -78,10 +78,7 @@ def _log_ratio(numerator: Tensor, denominator: Tensor, difference: Tensor) -> Te
 def _zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     log_a = A * dt.unsqueeze(-1)
     x, y = log_a.unbind(-1)
-    # exp(z) - 1 without cancellation: expm1(x) cos(y) + (cos(y) - 1), and cos(y) - 1 = -2 sin^2(y / 2).
-    half_sine = torch.sin(y / 2)
-    growth_re = torch.expm1(x) * torch.cos(y) - 2 * half_sine.square()
-    growth_im = torch.exp(x) * torch.sin(y)
+    growth_re, growth_im = exp_minus_one(x, y)
     # The quotient's derivative loses digits like eps / |z|, so a power series takes over near 0 (and at A = 0).
     modulus = x.square() + y.square()
     is_near = modulus < SERIES_RADIUS**2
@@ -92,6 +89,13 @@ def _zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     B_re, B_im = (B * dt.unsqueeze(-1)).unbind(-1)
     b = torch.stack((phi_re * B_re - phi_im * B_im, phi_re * B_im + phi_im * B_re), dim=-1)
     return log_a, b
+
+
+def exp_minus_one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Give exp(x + iy) - 1 as (re, im), without cancellation near 0."""
+    # expm1(x) cos(y) + (cos(y) - 1), and cos(y) - 1 = -2 sin^2(y / 2).
+    re = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2).square()
+    return re, torch.exp(x) * torch.sin(y)
 
 
 def _phi_series(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
