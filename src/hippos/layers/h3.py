@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from hippos.layers.arguments import check_mask, check_tokens, without_autocast
 from hippos.layers.param_groups import ParamGroup, param_groups
-from hippos.layers.projections import is_plain_linear, project_from_channels, project_to_channels, project_tokens
+from hippos.layers.projections import project_from_channels, project_to_channels, project_tokens
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftSSM
-from hippos.ops import H3State, h3_mix, h3_step
+from hippos.ops import H3State, h3_mix
+from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
 
 HEAD_LAYOUTS = ("hd", "dh")
 
@@ -101,6 +102,7 @@ class H3(nn.Module):
         self.k_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
         self.v_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self._prepared: tuple[object, object, H3Step] | None = None
 
     @overload
     def forward(
@@ -154,13 +156,13 @@ class H3(nn.Module):
             ValueError: If a shape is wrong or L is 0.
             TypeError: If the dtype of ``u`` or ``mask`` is wrong.
         """
-        self._check_tokens(u, "(B, L, D)", 3)
-        _check_mask(mask, u)
+        check_tokens(u, "(B, L, D)", 3, self.d_model, self.k_proj)
+        check_mask(mask, u)
         q, k, v = (project_to_channels(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D, L)
         if mask is not None:
             is_padding = (mask == 0).unsqueeze(1)
             k, v = k.masked_fill(is_padding, 0), v.masked_fill(is_padding, 0)
-        with _without_autocast(u.device.type):
+        with without_autocast(u.device.type):
             mixed = h3_mix(
                 q,
                 k,
@@ -194,11 +196,10 @@ class H3(nn.Module):
         """
         if u.ndim == 3 and u.shape[1] == 1:
             return self.step(u.squeeze(1), state).unsqueeze(1)
-        self._check_tokens(u, "(B, D) or (B, 1, D)", 2)
+        check_tokens(u, "(B, D) or (B, 1, D)", 2, self.d_model, self.k_proj)
         q, k, v = (project_tokens(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D)
-        with _without_autocast(u.device.type):
-            shift, diag = self.shift.operators(reuse=True), self.diag.operators(reuse=True)
-            o = h3_step(q, k, v, state, *shift, *diag, head_dim=self.head_dim)
+        with without_autocast(u.device.type):
+            o = h3_step_prepared(q, k, v, state, self._step_operators())
         return project_tokens(self.out_proj, self._order_channels(o))
 
     def init_state(
@@ -239,6 +240,18 @@ class H3(nn.Module):
         layout = f", head_layout={self.head_layout!r}" if self.head_dim > 1 else ""
         return f"d_model={self.d_model}, d_state={self.d_state}, head_dim={self.head_dim}{layout}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def _step_operators(self) -> H3Step:
+        """What a step makes of the SSMs' operators, made anew when those are."""
+        shift, diag = self.shift.operators(reuse=True), self.diag.operators(reuse=True)
+        if torch.compiler.is_compiling():
+            return h3_step_operators(*shift, *diag, head_dim=self.head_dim)
+        if self._prepared is None or self._prepared[0] is not shift or self._prepared[1] is not diag:
+            self._prepared = (shift, diag, h3_step_operators(*shift, *diag, head_dim=self.head_dim))
+        return self._prepared[2]
+
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""
         if self.head_layout == "hd" or self.head_dim == 1:
@@ -253,30 +266,3 @@ class H3(nn.Module):
         # Quantised weights are integers, and their outputs' dtype cannot be known here; float32 holds any key exactly.
         weight = getattr(self.k_proj, "weight", None)
         return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.diag.D.dtype
-
-    def _check_tokens(self, u: Tensor, wanted: str, ndim: int) -> None:
-        if u.ndim != ndim or u.shape[-1] != self.d_model:
-            raise ValueError(f"u must have shape {wanted} with D = {self.d_model}, got {tuple(u.shape)}")
-        if 0 in u.shape:
-            raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
-        if not u.is_floating_point():
-            raise TypeError(f"u must be floating point, got {u.dtype}")
-        if is_plain_linear(self.q_proj) and not torch.is_autocast_enabled(u.device.type):
-            dtype = self.q_proj.weight.dtype
-            if u.dtype != dtype:
-                raise TypeError(f"u must have the dtype of the projections, {dtype}, got {u.dtype}")
-
-
-def _check_mask(mask: Tensor | None, u: Tensor) -> None:
-    if mask is None:
-        return
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
-    if mask.shape != u.shape[:2]:
-        raise ValueError(f"mask must have shape {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

@@ -27,8 +27,9 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Para
     * "decay": weight matrices, at ``lr`` with ``weight_decay``.
     * "no_decay": biases and other vectors, normalisations, embeddings (a tied output matrix counts as its embedding),
       and what reads an SSM's state out (``C`` and ``D``), at ``lr`` without decay.
-    * "ssm" (or "ssm_<ssm_lr>", where the SSMs of one model differ): the dynamics of SSMs, which are ``log_dt``,
-      ``A_real``, ``A_imag`` and ``B`` of a diagonal SSM and ``B`` of a shift SSM, at min(ssm_lr, ``lr``) without decay.
+    * "ssm" (or "ssm_<ssm_lr>", where the SSMs of one model differ): the dynamics of SSMs (each module's ``dynamics``),
+      which are ``log_dt``, ``A_real``, ``A_imag``, ``B`` and ``P`` of diagonal and DPLR SSMs and ``B`` of a shift SSM,
+      at min(ssm_lr, ``lr``) without decay.
 
     Frozen parameters (``requires_grad`` False) are in no group, empty groups are left out.
 
@@ -54,7 +55,7 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Para
     for submodule in module.modules():
         own = dict(submodule.named_parameters(recurse=False))
         if isinstance(submodule, SSMModule):
-            ceilings.update((own[name], submodule.ssm_lr) for name in submodule.dynamics)
+            ceilings.update((parameter, submodule.ssm_lr) for parameter in submodule.dynamic_parameters())
             undecayed.update(own.values())
         elif isinstance(submodule, _UNDECAYED_MODULES) or type(submodule).__name__.endswith("Norm"):
             undecayed.update(own.values())

@@ -56,6 +56,9 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         discretisation: "bilinear" or "zoh".
         init: Start of A_imag: "diag-lin", "diag-inv", "diag-legs" or "diag", see `ssm_init`. The real part is -1/2.
         real_type: How A_real stands for -Re A: "exp", "relu", "softplus", "sigmoid" or "none".
+        has_B: Whether B is a parameter; without it, B is 1 (C can stand for the product).
+        bidirectional: Give each head a second output, for a second input (the sequence in reverse) that goes through
+            the same dynamics: C has 2H rows, and so have the operators. The second has no skip.
         dt_min: Smallest initial step.
         dt_max: Largest initial step.
         ssm_lr: Ceiling of the learning rate of log_dt, A_real, A_imag and B; 0 freezes them.
@@ -66,8 +69,8 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         log_dt: Logarithm of the step, shape (H,).
         A_real: Raw real part, shape (S, M).
         A_imag: Imaginary part, shape (S, M).
-        B: Input weights, shape (S, M, 2), pairs (re, im).
-        C: Output weights, shape (H, M, 2), pairs (re, im).
+        B: Input weights, shape (S, M, 2), pairs (re, im); None without.
+        C: Output weights, shape (H, M, 2), pairs (re, im); (2H, M, 2) if bidirectional.
         D: Skip weights, shape (H,).
 
     Raises:
@@ -88,6 +91,8 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         discretisation: str = "bilinear",
         init: str = "diag-lin",
         real_type: str = "exp",
+        has_B: bool = True,
+        bidirectional: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         ssm_lr: float = 1e-3,
@@ -96,14 +101,13 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
     ) -> None:
         super().__init__(ssm_lr)
         n_ssm = n_heads if n_ssm is None else n_ssm
-        _check_sizes(n_heads, d_state, n_ssm)
-        _check_choice("discretisation", discretisation, DISCRETISATIONS)
-        _check_choice("real_type", real_type, REAL_TYPES)
-        if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(f"the step range needs 0 < dt_min <= dt_max, got dt_min {dt_min} and dt_max {dt_max}")
+        check_sizes(n_heads, d_state, n_ssm)
+        check_choice("discretisation", discretisation, DISCRETISATIONS)
+        check_choice("real_type", real_type, REAL_TYPES)
+        check_step_range(dt_min, dt_max)
         self.n_heads, self.d_state, self.n_ssm = n_heads, d_state, n_ssm
         self.discretisation = cast(Literal["bilinear", "zoh"], discretisation)
-        self.init, self.real_type = init, real_type
+        self.init, self.real_type, self.bidirectional = init, real_type, bidirectional
         self.dt_min, self.dt_max = dt_min, dt_max
 
         n_modes = d_state // 2
@@ -112,8 +116,9 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         self.log_dt = nn.Parameter(torch.empty(n_heads, device=device, dtype=dtype))
         self.A_real = nn.Parameter(torch.empty(n_ssm, n_modes, device=device, dtype=dtype))
         self.A_imag = nn.Parameter(torch.empty(n_ssm, n_modes, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(n_ssm, n_modes, 2, device=device, dtype=dtype))
-        self.C = nn.Parameter(torch.empty(n_heads, n_modes, 2, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(n_ssm, n_modes, 2, device=device, dtype=dtype)) if has_B else None
+        n_outputs = 2 * n_heads if bidirectional else n_heads
+        self.C = nn.Parameter(torch.empty(n_outputs, n_modes, 2, device=device, dtype=dtype))
         self.D = nn.Parameter(torch.empty(n_heads, device=device, dtype=dtype))
         self.freeze_dynamics()
         self.reset_parameters()
@@ -126,20 +131,32 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
         self.A_real.fill_(REAL_TYPES[self.real_type].raw(REAL_PART_MAGNITUDE))
         self.A_imag.copy_(initial_frequencies(self.init, self.n_ssm, self.d_state // 2))
-        self.B[..., 0] = 1
-        self.B[..., 1] = 0
+        if self.B is not None:
+            self.B[..., 0] = 1
+            self.B[..., 1] = 0
         self.C.normal_(std=math.sqrt(0.5))  # |C|^2 has mean 1
         self.D.normal_()
 
     def forward(self) -> DiagonalOperators:
         """Discretise, and give log Abar, Bbar, C, each of shape (H, M, 2), with the skip weights, shape (H,)."""
         self._check_precision()
+        A, B, dt, skip = self._continuous()
+        log_a, b = discretise(A, B, dt, method=self.discretisation)
+        return DiagonalOperators(log_a, b, self.C.clone(), skip)
+
+    def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A and B, (H, M, 2), dt and D, (H,), of every head; bidirectional heads twice, the second time with D = 0."""
         decay = REAL_TYPES[self.real_type].decay(self.A_real)
-        A = torch.stack((-decay, self.A_imag), dim=-1)
-        repeats = self.n_heads // self.n_ssm
-        A, B = A.repeat(repeats, 1, 1), self.B.repeat(repeats, 1, 1)  # (H, M, 2)
-        log_a, b = discretise(A, B, torch.exp(self.log_dt), method=self.discretisation)
-        return DiagonalOperators(log_a, b, self.C.clone(), self.D.clone())
+        A = torch.stack((-decay, self.A_imag), dim=-1)  # (S, M, 2)
+        if self.B is None:
+            B = torch.stack((torch.ones_like(decay), torch.zeros_like(decay)), dim=-1)
+        else:
+            B = self.B
+        repeats = self.C.shape[0] // self.n_ssm
+        dt, skip = torch.exp(self.log_dt), self.D.clone()
+        if self.bidirectional:
+            dt, skip = dt.repeat(2), F.pad(skip, (0, self.n_heads))
+        return A.repeat(repeats, 1, 1), B.repeat(repeats, 1, 1), dt, skip
 
     def extra_repr(self) -> str:
         """Show the sizes and choices."""
@@ -150,7 +167,8 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         )
 
 
-def _check_sizes(n_heads: int, d_state: int, n_ssm: int) -> None:
+def check_sizes(n_heads: int, d_state: int, n_ssm: int) -> None:
+    """Raise ValueError unless a bank of SSMs can have these sizes."""
     if n_heads < 1:
         raise ValueError(f"n_heads must be at least 1, got {n_heads}")
     if d_state < 2 or d_state % 2:
@@ -159,6 +177,13 @@ def _check_sizes(n_heads: int, d_state: int, n_ssm: int) -> None:
         raise ValueError(f"n_ssm must divide the number of heads {n_heads}, got {n_ssm}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...] | dict[str, _RealType]) -> None:
+def check_step_range(dt_min: float, dt_max: float) -> None:
+    """Raise ValueError unless initial steps can be drawn between these."""
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"the step range needs 0 < dt_min <= dt_max, got dt_min {dt_min} and dt_max {dt_max}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...] | dict[str, _RealType]) -> None:
+    """Raise ValueError unless ``value`` is one of the names."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

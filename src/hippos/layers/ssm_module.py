@@ -83,8 +83,13 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
 
     def freeze_dynamics(self) -> None:
         """Take the parameters named in ``dynamics`` out of training if ``ssm_lr`` is 0."""
-        for name in self.dynamics:
-            self.get_parameter(name).requires_grad_(self.ssm_lr > 0)
+        for parameter in self.dynamic_parameters():
+            parameter.requires_grad_(self.ssm_lr > 0)
+
+    def dynamic_parameters(self) -> list[nn.Parameter]:
+        """Give the parameters named in ``dynamics``, those that this module has."""
+        own = dict(self.named_parameters(recurse=False))
+        return [own[name] for name in self.dynamics if name in own]
 
     def _is_traceable(self) -> bool:
         # Sharded parameters have no address of their own, inference tensors no version counter.

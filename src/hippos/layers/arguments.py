@@ -1,0 +1,58 @@
+"""Checks that SSM layers share, and the place where autocast ends."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from hippos.layers.projections import is_plain_linear
+
+
+def check_tokens(u: Tensor, wanted: str, ndim: int, d_model: int, linear: nn.Module) -> None:
+    """Raise unless ``u`` holds tokens that the layer can read.
+
+    Args:
+        u: What the caller passed.
+        wanted: The wanted shape in words.
+        ndim: The wanted number of axes.
+        d_model: Width D of the last axis.
+        linear: One of the layer's projections, whose dtype ``u`` must have outside autocast.
+
+    Raises:
+        ValueError: If the shape is wrong or there is no token.
+        TypeError: If the dtype is wrong.
+    """
+    if u.ndim != ndim or u.shape[-1] != d_model:
+        raise ValueError(f"u must have shape {wanted} with D = {d_model}, got {tuple(u.shape)}")
+    if 0 in u.shape:
+        raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
+    if not u.is_floating_point():
+        raise TypeError(f"u must be floating point, got {u.dtype}")
+    if is_plain_linear(linear) and not torch.is_autocast_enabled(u.device.type):
+        dtype = linear.weight.dtype
+        if u.dtype != dtype:
+            raise TypeError(f"u must have the dtype of the projections, {dtype}, got {u.dtype}")
+
+
+def check_mask(mask: Tensor | None, u: Tensor) -> None:
+    """Raise unless ``mask`` tells real tokens of ``u``, shape (B, L, D), from padding.
+
+    Raises:
+        TypeError: If it is neither bool nor integer.
+        ValueError: If it has another shape than (B, L).
+    """
+    if mask is None:
+        return
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+    if mask.shape != u.shape[:2]:
+        raise ValueError(f"mask must have shape {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Give a context in which SSMs compute in full precision."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

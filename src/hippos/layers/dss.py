@@ -1,0 +1,115 @@
+"""The DSS layer: diagonal state spaces whose modes may be normalised by a softmax over the sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+from hippos.layers.ssm_dss import DSSM
+from hippos.layers.ssm_layer import ActivatedSSMLayer, advance_diagonal, convolve_diagonal
+from hippos.ops import fft_conv
+
+
+class DSS(ActivatedSSMLayer):
+    """Mix the tokens of a sequence: a DSS over each channel, GELU, a linear map with or without GLU.
+
+    Causal unless ``bidirectional``. While all modes decay, there are whole sequences, pieces, packed documents and
+    single steps as for `H3`, of any length. With ``real_type="none"`` a mode may grow: whole sequences of at most
+    ``l_max`` tokens are convolved with a filter, packed documents are refused, and so are states as long as some mode
+    grows.
+
+    Args:
+        d_model: Width D of the tokens.
+        d_state: State size N, even and at least 2; M = N/2 complex modes.
+        form: "exp" or "softmax".
+        l_max: Length over which "softmax" normalises a mode; needed for it, unused otherwise. The model is another
+            one with another ``l_max``.
+        n_ssm: Number of different state matrices, a divisor of D; 1, as published, shares one.
+        init: Start of the frequencies: "diag-legs" (as published), "diag-lin", "diag-inv" or "diag".
+        real_type: How the raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid", or, for "softmax",
+            "none", which leaves its sign free (as published).
+        dt_min: Smallest initial step.
+        dt_max: Largest initial step.
+        glu: Whether a gated linear unit ends the layer, rather than a linear map alone.
+        bidirectional: Whether each channel has a second filter, over the tokens that follow.
+        ssm_lr: Ceiling of the learning rate of the SSM's dynamics (see `param_groups`); 0 freezes them.
+        device: Where the parameters are made.
+        dtype: Dtype of the projection; SSM parameters are float32 (float64 for float64).
+
+    Attributes:
+        diag: `DSSM` over the D channels.
+        out_proj: ``nn.Linear`` from D to D, or to 2D.
+
+    Raises:
+        ValueError: If a size, range or name is not one of the above.
+
+    Source:
+        Gupta et al. 2022 (DSS, arXiv:2203.14343).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 64,
+        form: str = "exp",
+        l_max: int | None = None,
+        n_ssm: int | None = 1,
+        init: str = "diag-legs",
+        real_type: str = "exp",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        glu: bool = False,
+        bidirectional: bool = False,
+        ssm_lr: float = 1e-3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, glu=glu, bidirectional=bidirectional, device=device, dtype=dtype)
+        self.d_state = d_state
+        self.diag = DSSM(
+            d_model,
+            d_state,
+            form=form,
+            l_max=l_max,
+            n_ssm=n_ssm,
+            init=init,
+            real_type=real_type,
+            bidirectional=bidirectional,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            ssm_lr=ssm_lr,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def ssm(self) -> DSSM:
+        """The SSM's parameters."""
+        return self.diag
+
+    @property
+    def _state_sizes(self) -> tuple[int, int]:
+        return self.d_model, self.d_state // 2
+
+    def _check_recurrence(self, wish: str) -> None:
+        super()._check_recurrence(wish)
+        if self.diag.may_grow and bool((self.diag.A_real < 0).any()):
+            n_growing = int((self.diag.A_real < 0).sum())
+            raise UnsupportedError(
+                f"{n_growing} of {self.diag.A_real.numel()} modes of this DSS layer grow: there is no {wish} for them; "
+                "another real_type keeps modes from growing"
+            )
+
+    def _convolve(
+        self, x: Tensor, initial_state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.diag.may_grow or initial_state is not None or return_state:
+            return convolve_diagonal(self.diag, x, initial_state, return_state, cu_seqlens)
+        if cu_seqlens is not None:
+            raise UnsupportedError("a DSS layer with real_type 'none' takes no packed documents (cu_seqlens)")
+        return fft_conv(x, *self.diag.filter(x.shape[-1])), None
+
+    def _advance(self, x: Tensor, state: Tensor) -> Tensor:
+        return advance_diagonal(self.diag, x, state)
