@@ -105,8 +105,7 @@ def read_documents(
     """Find the bounds of packed documents.
 
     As in Transformers, a document begins where ``position_ids`` do not go up by one, where ``seq_idx`` changes, or
-    where ``cu_seq_lens`` says so. The first two are looked at outside of compiled graphs only, since the number of
-    documents is data; ``cu_seq_lens`` may be compiled.
+    where ``cu_seq_lens`` says so. Their number is data, so this part of a compiled model runs outside of the graph.
 
     Args:
         tokens: Ids (B, L) or embeddings (B, L, D).
@@ -169,7 +168,7 @@ def _first_by_steps(name: str, values: Tensor, step: int, tokens: Tensor) -> Ten
     return F.pad(breaks, (1, 0), value=True).expand(batch, seqlen)
 
 
-@torch.compiler.disable(reason="how many documents there are is data; pass cu_seq_lens_q to compile packed batches")  # type: ignore[no-untyped-call]
+@torch.compiler.disable(reason="packed documents break the graph: their number is data")  # type: ignore[no-untyped-call]
 def _bounds(is_first: Tensor) -> Tensor | None:
     starts = is_first.flatten().nonzero().squeeze(1)
     if starts.numel() == is_first.shape[0]:
