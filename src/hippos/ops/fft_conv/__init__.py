@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hippos.ops.arguments import Impl, check_impl, check_signal, check_tensor
 from hippos.ops.fft_conv.reference import fft_conv_reference
+from hippos.ops.fft_conv.spectral import fft_conv_torch
 
 __all__ = ["fft_conv"]
 
@@ -57,4 +58,5 @@ def fft_conv(
     for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
         if gate is not None:
             check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
-    return fft_conv_reference(u, ssm_filter, d, in_gate, out_gate, causal)
+    implementation = fft_conv_reference if impl == "reference" else fft_conv_torch
+    return implementation(u, ssm_filter, d, in_gate, out_gate, causal)
