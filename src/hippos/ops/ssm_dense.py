@@ -89,7 +89,8 @@ def dense_advance(u: Tensor, state: Tensor | None, a: Tensor, b: Tensor) -> Tens
         chunk_len = _chunk_len(seqlen)
         impulses, jump = _orbit(a, b.unsqueeze(-1), chunk_len)  # (H, T, N, 1): a^j b
         n_missing = -seqlen % chunk_len
-        chunks = torch.nn.functional.pad(u.to(dtype), (n_missing, 0)).unflatten(-1, (-1, chunk_len))  # (B, H, C, T)
+        padded = torch.nn.functional.pad(u.to(dtype), (n_missing, 0))
+        chunks = padded.reshape(batch, n_heads, -1, chunk_len)  # (B, H, C, T)
         added = (chunks @ impulses.squeeze(-1).flip(1)).unbind(2)  # of (B, H, N)
         last = added[0]
         if state is not None:
