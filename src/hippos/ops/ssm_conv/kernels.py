@@ -323,6 +323,35 @@ def to_operand(values, exponent, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
 
 
 @triton.jit
+def load_rows(ptr, sequence, stride_b, start, mask, CHUNK: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The chunks of a tile as rows. With AGAIN, a modifier keeps the compiler from merging this read with another."""
+    at = ptr + (sequence * stride_b + start)[:, None] + tl.arange(0, CHUNK)[None, :]
+    return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca" if AGAIN else "").to(tl.float32)
+
+
+@triton.jit
+def scaled_operand(values, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
+    """The tile as it enters a product, and the exponent of its scale."""
+    exponent = 0
+    if IS_SCALED:
+        exponent = exponent_to_half(peak_of(values))
+    return to_operand(values, exponent, dtype, IS_SCALED), exponent
+
+
+@triton.jit
+def place_rows(
+    group, tile, is_item, batch, seqlen,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """Sequence and first sample of every row of a tile, and the mask of its samples."""
+    rows = tl.arange(0, ROWS)
+    sequence = (group * SEQUENCES + rows // TILE).to(tl.int64)
+    start = (tile * TILE + rows % TILE) * CHUNK
+    mask = (is_item & (sequence < batch))[:, None] & (start[:, None] + tl.arange(0, CHUNK)[None, :] < seqlen)
+    return sequence, start, mask
+
+
+@triton.jit
 def ssm_conv_fwd_kernel(
     u_ptr, in_gate_ptr, out_gate_ptr, y_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
@@ -332,7 +361,6 @@ def ssm_conv_fwd_kernel(
     CHUNK: tl.constexpr, STEPS: tl.constexpr, SEQUENCES: tl.constexpr, SEGMENTS: tl.constexpr, MODES: tl.constexpr,
     SAVE_TILES: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_INITIAL: tl.constexpr, WANTS_STATE: tl.constexpr,
-    N_STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = out_gate * (conv(K, in_gate * u) + d * in_gate * u) for one channel and some groups of SEQUENCES sequences.
 
@@ -365,8 +393,7 @@ def ssm_conv_fwd_kernel(
         into_exponent = tl.load(exponents_ptr + channel * 3 + 1)
         outof_exponent = tl.load(exponents_ptr + channel * 3 + 2)
 
-    rows, cols, pairs = tl.arange(0, ROWS), tl.arange(0, CHUNK), tl.arange(0, 2 * MODES)
-    row_sequence, row_chunk = rows // TILE, rows % TILE
+    cols, pairs = tl.arange(0, CHUNK), tl.arange(0, 2 * MODES)
     u_ptr += channel.to(tl.int64) * u_stride_h
     in_gate_ptr += channel.to(tl.int64) * in_stride_h
     out_gate_ptr += channel.to(tl.int64) * out_stride_h
@@ -374,28 +401,17 @@ def ssm_conv_fwd_kernel(
 
     carry_re = tl.zeros((SEQUENCES, MODES), tl.float32)
     carry_im = tl.zeros((SEQUENCES, MODES), tl.float32)
-    for item in tl.range(0, n_items, num_stages=N_STAGES):
+    # A tile's samples are read one tile ahead. Carried around the loop, they also enter the products from shared
+    # memory, where Triton would otherwise make them anew in the registers of every product.
+    sequence, start, mask = place_rows(first_group, 0, n_items > 0, batch, seqlen, CHUNK, ROWS, TILE, SEQUENCES)
+    x = load_rows(u_ptr, sequence, u_stride_b, start, mask, CHUNK)
+    if HAS_IN:
+        x *= load_rows(in_gate_ptr, sequence, in_stride_b, start, mask, CHUNK)
+    x, x_exponent = scaled_operand(x, into.dtype, IS_SCALED)
+    for item in tl.range(0, n_items, num_stages=1):
         tile = item % n_tiles
         group = first_group + item // n_tiles
-        sequence = (group * SEQUENCES + row_sequence).to(tl.int64)
-        start = (tile * TILE + row_chunk) * CHUNK
-        mask = (sequence < batch)[:, None] & (start[:, None] + cols[None, :] < seqlen)
-        x = tl.load(u_ptr + (sequence * u_stride_b + start)[:, None] + cols[None, :], mask=mask, other=0.0)
-        x = x.to(tl.float32)
-        if HAS_IN:
-            gate = tl.load(
-                in_gate_ptr + (sequence * in_stride_b + start)[:, None] + cols[None, :], mask=mask, other=0.0
-            )
-            x *= gate.to(tl.float32)
-        if HAS_OUT:
-            out_gate = tl.load(
-                out_gate_ptr + (sequence * out_stride_b + start)[:, None] + cols[None, :], mask=mask, other=0.0
-            )
-
-        x_exponent = 0
-        if IS_SCALED:
-            x_exponent = exponent_to_half(peak_of(x))
-        x = to_operand(x, x_exponent, into.dtype, IS_SCALED)
+        sequence, start, mask = place_rows(group, tile, True, batch, seqlen, CHUNK, ROWS, TILE, SEQUENCES)
         v = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:
             v = tl.dot(x, into_rest, v, input_precision=PRECISION)
@@ -424,7 +440,7 @@ def ssm_conv_fwd_kernel(
         if WANTS_STATE:
             if tile == n_whole // TILE:
                 at = state_ptr + ((sequence * n_heads + channel) * (2 * MODES))[:, None] + pairs[None, :]
-                is_end = (sequence < batch) & (tile * TILE + row_chunk == n_whole)
+                is_end = (sequence < batch) & (start == n_whole * CHUNK)
                 tl.store(at, state, mask=is_end[:, None] & (pairs >= 0)[None, :])
             if (tile + 1) * TILE == n_whole:
                 tl.store(state_ptr + carry_at, to_pairs(carry_re, carry_im), mask=is_carried)
@@ -434,6 +450,16 @@ def ssm_conv_fwd_kernel(
             state_exponent = exponent_to_half(peak_of(state))
             state_exponent = tl.minimum(state_exponent, x_exponent + tap_exponent - outof_exponent + 16)
         state = to_operand(state, state_exponent, into.dtype, IS_SCALED)
+        next_item = item + 1
+        next_sequence, next_start, next_mask = place_rows(
+            first_group + next_item // n_tiles, next_item % n_tiles, next_item < n_items,
+            batch, seqlen, CHUNK, ROWS, TILE, SEQUENCES,
+        )  # fmt: skip
+        next_x = load_rows(u_ptr, next_sequence, u_stride_b, next_start, next_mask, CHUNK)
+        if HAS_IN:
+            next_x *= load_rows(in_gate_ptr, next_sequence, in_stride_b, next_start, next_mask, CHUNK)
+        if HAS_OUT:
+            out_gate = load_rows(out_gate_ptr, sequence, out_stride_b, start, mask, CHUNK)
         acc = tl.dot(x, toeplitz, input_precision=PRECISION)
         if PLANES == 2:
             acc = tl.dot(x, toeplitz_rest, acc, input_precision=PRECISION)
@@ -445,7 +471,8 @@ def ssm_conv_fwd_kernel(
         if IS_SCALED:
             acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
         if HAS_OUT:
-            acc *= out_gate.to(tl.float32)
+            acc *= out_gate
         tl.store(
             y_ptr + (sequence * y_stride_b + start)[:, None] + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask
         )
+        x, x_exponent = scaled_operand(next_x, into.dtype, IS_SCALED)

@@ -116,8 +116,8 @@ def ssm_conv_fwd(
         CHUNK=schedule.chunk, STEPS=at.steps, SEQUENCES=at.sequences, SEGMENTS=at.segments, MODES=modes,
         SAVE_TILES=save_tiles, PLANES=schedule.planes, IS_SCALED=is_scaled, PRECISION=schedule.precision,
         HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None, HAS_INITIAL=initial is not None,
-        WANTS_STATE=wants_state, N_STAGES=schedule.n_stages,
-        num_warps=schedule.num_warps, num_stages=schedule.n_stages, maxnreg=schedule.max_registers,
+        WANTS_STATE=wants_state,
+        num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
     )  # fmt: skip
     return y, _drop_padding(state, n_modes), saved
 
@@ -154,7 +154,7 @@ def ssm_conv_bwd(
     """Run the backward kernels; ``saved`` comes from `ssm_conv_fwd`, the rest as there.
 
     Args:
-        dout: Gradient of y, shape (B, H, L), last stride 1.
+        dout: Gradient of y, shape (B, H, L), contiguous.
         dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B, H, M, 2), or None.
         wants_dinitial: Return the gradient of the initial state.
         schedule: Overrides the table; it must have the span that ``saved`` was made with.
@@ -188,12 +188,12 @@ def ssm_conv_bwd(
             u, gate_in, gate_out, dout, du, du if in_gate is None else din, du if out_gate is None else dgate,
             operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
             saved, saved if padded_dstate is None else padded_dstate, dinitial if wants_dinitial else saved, *partial,
-            *u.stride()[:2], *gate_in.stride()[:2], *gate_out.stride()[:2], *dout.stride()[:2],
+            *u.stride()[:2], *gate_in.stride()[:2], *gate_out.stride()[:2],
             batch, n_heads, seqlen, n_whole, at.n_tiles, at.n_groups, per_program,
             CHUNK=chunk, STEPS=at.steps, SEQUENCES=at.sequences, SEGMENTS=at.segments, MODES=modes,
             IS_SCALED=is_scaled, PRECISION=schedule.precision, HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None,
-            HAS_DSTATE=dstate is not None, WANTS_DINITIAL=wants_dinitial, N_STAGES=schedule.n_stages,
-            num_warps=schedule.num_warps, num_stages=schedule.n_stages, maxnreg=schedule.max_registers,
+            HAS_DSTATE=dstate is not None, WANTS_DINITIAL=wants_dinitial,
+            num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
         )  # fmt: skip
     dlog_a, db, dc = (torch.empty_like(log_a) for _ in range(3))
     dd = torch.empty((n_heads,) if d is not None else (0,), device=device)

@@ -19,7 +19,6 @@ class Schedule:
         rows: Chunks a tile, a power of two.
         lanes: Least number of lanes a tile: a lane's consecutive chunks are scanned one after another.
         num_warps: Warps a program.
-        n_stages: 1 loads a tile when it is needed; more load ahead into shared memory.
         programs: Programs to aim at, a few for every multiprocessor.
         planes: 16-bit parts of each operator: 2 halves the error that rounding the operators makes.
         precision: Arithmetic of float32 products, in Triton's words.
@@ -30,7 +29,6 @@ class Schedule:
     rows: int
     lanes: int
     num_warps: int = 4
-    n_stages: int = 1
     programs: int = 1056
     planes: int = 1
     precision: str = "tf32x3"
