@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -11,11 +12,12 @@ from hippos.layers.arguments import check_mask, check_tokens, without_autocast
 from hippos.layers.param_groups import ParamGroup, param_groups
 from hippos.layers.projections import project_from_channels, project_to_channels, project_tokens
 from hippos.layers.ssm_diagonal import DiagonalSSM
-from hippos.layers.ssm_shift import ShiftSSM
+from hippos.layers.ssm_shift import ShiftOperators, ShiftSSM
 from hippos.ops import H3State, h3_mix
 from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
 
 HEAD_LAYOUTS = ("hd", "dh")
+SHIFTS = ("learned", "frozen", "none")
 
 
 class H3(nn.Module):
@@ -39,17 +41,21 @@ class H3(nn.Module):
         dt_max: Largest initial step.
         head_layout: Order of the channels that ``out_proj`` reads: "hd" (head h, coordinate j at h * P + j, as trained
             weights need) or "dh" (at j * H + h, as the public reference's slow path has it).
+        shift: "learned"; or, to see what the shift SSM is good for, "frozen" (its parameters stay as they are drawn) or
+            "none" (k itself takes the place of k').
+        has_gates: False leaves out both multiplications, and the projections q and v with them: what remains is the
+            diagonal SSM of the shift SSM of k. Needs ``head_dim`` 1.
         ssm_lr: Ceiling of the learning rate of the SSMs' dynamics (see `param_groups`); 0 freezes them.
         device: Where the parameters are made.
         dtype: Dtype of the projections. SSM parameters are float32 (float64 for float64) and stay so under ``.half()``,
             ``.bfloat16()`` and ``.to(dtype)``.
 
     Attributes:
-        q_proj: ``nn.Linear`` from D to D.
+        q_proj: ``nn.Linear`` from D to D; None without gates.
         k_proj: ``nn.Linear`` from D to D.
-        v_proj: ``nn.Linear`` from D to D.
+        v_proj: ``nn.Linear`` from D to D; None without gates.
         out_proj: ``nn.Linear`` from D to D.
-        shift: `ShiftSSM` over the D channels of k.
+        shift: `ShiftSSM` over the D channels of k; None if there is none.
         diag: `DiagonalSSM` over the H heads.
 
     Raises:
@@ -72,6 +78,8 @@ class H3(nn.Module):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         head_layout: str = "hd",
+        shift: str = "learned",
+        has_gates: bool = True,
         ssm_lr: float = 1e-3,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,6 +89,10 @@ class H3(nn.Module):
             raise ValueError(f"head_dim {head_dim} must divide d_model {d_model}")
         if head_layout not in HEAD_LAYOUTS:
             raise ValueError(f"head_layout must be one of {', '.join(map(repr, HEAD_LAYOUTS))}, got {head_layout!r}")
+        if shift not in SHIFTS:
+            raise ValueError(f"shift must be one of {', '.join(map(repr, SHIFTS))}, got {shift!r}")
+        if not has_gates and head_dim > 1:
+            raise ValueError(f"the gates make heads wider than 1, so has_gates=False needs head_dim 1, got {head_dim}")
         self.d_model, self.d_state, self.head_dim = d_model, d_state, head_dim
         self.n_heads = d_model // head_dim
         self.head_layout = head_layout
@@ -97,10 +109,14 @@ class H3(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.shift = ShiftSSM(d_model, d_state, ssm_lr=ssm_lr, device=device, dtype=dtype)
-        self.q_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.shift: ShiftSSM | None = None
+        if shift != "none":
+            self.shift = ShiftSSM(d_model, d_state, ssm_lr=ssm_lr, device=device, dtype=dtype)
+        if self.shift is not None and shift == "frozen":
+            self.shift.requires_grad_(False)
+        self.q_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype) if has_gates else None
         self.k_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype) if has_gates else None
         self.out_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
         self._prepared: tuple[object, object, H3Step] | None = None
 
@@ -158,17 +174,19 @@ class H3(nn.Module):
         """
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.k_proj)
         check_mask(mask, u)
-        q, k, v = (project_to_channels(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D, L)
+        q, k, v = self._project(u, project_to_channels)  # (B, D, L)
         if mask is not None:
             is_padding = (mask == 0).unsqueeze(1)
             k, v = k.masked_fill(is_padding, 0), v.masked_fill(is_padding, 0)
         with without_autocast(u.device.type):
+            diag = self.diag.operators()
+            shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
             mixed = h3_mix(
                 q,
                 k,
                 v,
-                *self.shift.operators(),
-                *self.diag.operators(),
+                *shift,
+                *diag,
                 head_dim=self.head_dim,
                 initial_state=initial_state,
                 return_state=return_state,
@@ -197,7 +215,7 @@ class H3(nn.Module):
         if u.ndim == 3 and u.shape[1] == 1:
             return self.step(u.squeeze(1), state).unsqueeze(1)
         check_tokens(u, "(B, D) or (B, 1, D)", 2, self.d_model, self.k_proj)
-        q, k, v = (project_tokens(proj, u) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, D)
+        q, k, v = self._project(u, project_tokens)  # (B, D)
         with without_autocast(u.device.type):
             o = h3_step_prepared(q, k, v, state, self._step_operators())
         return project_tokens(self.out_proj, self._order_channels(o))
@@ -213,8 +231,8 @@ class H3(nn.Module):
             dtype: Dtype of the keys that the shift state holds; None for the projections' dtype.
 
         Returns:
-            ``shift``: the last N - 1 keys, shape (B, D, N - 1), oldest first. ``diag``: modes, shape (B, H, M, 2), or
-            (B, H, P, P, M, 2) if P > 1, in the dtype of the SSM parameters.
+            ``shift``: the last N - 1 keys, shape (B, D, N - 1), oldest first; (B, D, 0) without a shift SSM. ``diag``:
+            modes, shape (B, H, M, 2), or (B, H, P, P, M, 2) if P > 1, in the dtype of the SSM parameters.
 
         Raises:
             ValueError: If ``batch`` is less than 1.
@@ -222,12 +240,14 @@ class H3(nn.Module):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         # A decode that starts here never calls forward, which would notice parameters written through .data.
-        self.shift.forget()
+        if self.shift is not None:
+            self.shift.forget()
         self.diag.forget()
         device = self.diag.D.device if device is None else device
         heads = (self.n_heads,) if self.head_dim == 1 else (self.n_heads, self.head_dim, self.head_dim)
+        n_keys = 0 if self.shift is None else self.d_state - 1
         return H3State(
-            torch.zeros(batch, self.d_model, self.d_state - 1, device=device, dtype=dtype or self._key_dtype()),
+            torch.zeros(batch, self.d_model, n_keys, device=device, dtype=dtype or self._key_dtype()),
             torch.zeros(batch, *heads, self.d_state // 2, 2, device=device, dtype=self.diag.D.dtype),
         )
 
@@ -245,12 +265,24 @@ class H3(nn.Module):
 
     def _step_operators(self) -> H3Step:
         """What a step makes of the SSMs' operators, made anew when those are."""
-        shift, diag = self.shift.operators(reuse=True), self.diag.operators(reuse=True)
-        if torch.compiler.is_compiling():
-            return h3_step_operators(*shift, *diag, head_dim=self.head_dim)
-        if self._prepared is None or self._prepared[0] is not shift or self._prepared[1] is not diag:
-            self._prepared = (shift, diag, h3_step_operators(*shift, *diag, head_dim=self.head_dim))
+        shift = None if self.shift is None else self.shift.operators(reuse=True)
+        diag = self.diag.operators(reuse=True)
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling or self._prepared is None or self._prepared[0] is not shift or self._prepared[1] is not diag:
+            taps = _no_shift(self.d_model, diag.skip) if shift is None else shift
+            operators = h3_step_operators(*taps, *diag, head_dim=self.head_dim)
+            if is_compiling:
+                return operators
+            self._prepared = (shift, diag, operators)
         return self._prepared[2]
+
+    def _project(self, u: Tensor, project: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries, keys and values; without gates, queries and values are 1."""
+        k = project(self.k_proj, u)
+        if self.q_proj is None or self.v_proj is None:
+            ones = k.new_ones(()).expand_as(k)
+            return ones, k, ones
+        return project(self.q_proj, u), k, project(self.v_proj, u)
 
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""
@@ -266,3 +298,8 @@ class H3(nn.Module):
         # Quantised weights are integers, and their outputs' dtype cannot be known here; float32 holds any key exactly.
         weight = getattr(self.k_proj, "weight", None)
         return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.diag.D.dtype
+
+
+def _no_shift(d_model: int, like: Tensor) -> ShiftOperators:
+    """A shift SSM of one tap that gives its input."""
+    return ShiftOperators(like.new_ones(d_model, 1), like.new_zeros(d_model))
