@@ -10,11 +10,11 @@ config = H3Config(vocab_size=256, hidden_size=64, num_hidden_layers=4, num_atten
 model = H3ForCausalLM(config)
 
 sentence = b"A hippo sleeps in the river by day, and walks ashore by night to graze. "
-tokens = torch.tensor([list(sentence * 2)])
+tokens = torch.tensor([list(sentence)])
 
 # SSM parameters learn at a rate of their own and without weight decay; param_groups knows which they are.
-optimiser = torch.optim.AdamW(param_groups(model, lr=3e-3, weight_decay=0.1))
-for _ in range(80):
+optimiser = torch.optim.AdamW(param_groups(model, lr=5e-3, weight_decay=0.1))
+for _ in range(60):
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     optimiser.step()
