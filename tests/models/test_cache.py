@@ -147,6 +147,14 @@ def test_a_cache_for_other_layers_is_refused(make_model, ids):
         model(ids(1, 3), past_key_values=())
 
 
+def test_states_of_another_model_are_refused(make_model, ids):
+    model = make_model()
+    cache = DynamicCache(config=model.config)
+    cache.update_recurrent_state(torch.zeros(1, 2), 0)
+    with pytest.raises(ValueError, match="states at layer 0 that no H3 model made"):
+        model(ids(1, 3), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_another_batch_size_is_refused(make_model, ids):
     model = make_model(attn_layers=())

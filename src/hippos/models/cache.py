@@ -2,12 +2,12 @@
 
 A `DynamicCache` or `StaticCache` made for an `H3Config` already holds one entry a layer: keys and values for the
 attention layers, ``conv_states`` and ``recurrent_states`` for the others. `adopt` exchanges the latter entries for
-`SSMCacheLayer`, which keeps H3's two states there and can do what beam search and CUDA graphs ask of it.
+`SSMCacheLayer`, which keeps the layer's states there and can do what beam search and CUDA graphs ask of it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,36 +18,38 @@ from hippos.errors import UnsupportedError
 from hippos.models.configuration_h3 import LINEAR, H3Config
 from hippos.ops import H3State
 
+MixerState = H3State | Tensor
+"""What an SSM layer remembers: `H3State`, or the one tensor of the other layers."""
+
 
 class SSMCacheLayer(LinearAttentionLayer):
     """The states of one SSM layer, at fixed addresses from the first token on.
 
-    ``conv_states[0]`` is the shift state, the last N - 1 keys, shape (B, D, N - 1), oldest first, and
-    ``recurrent_states[0]`` the diagonal state, shape (B, H, M, 2) or (B, H, P, P, M, 2), float32 also in half-precision
-    models (float64 in float64 ones). No gradient flows through them.
+    ``conv_states[0]`` is H3's shift state, the last N - 1 keys, shape (B, D, N - 1), oldest first; other SSM layers
+    have none. ``recurrent_states[0]`` is the SSM's state, shape (B, H, M, 2) or (B, H, P, P, M, 2), float32 also in
+    half-precision models (float64 in float64 ones). No gradient flows through them.
     """
 
-    @classmethod
-    def adopt(cls, layer: LinearAttentionLayer) -> Self:
-        """Make one that takes over what Transformers' own layer holds."""
-        adopted = cls()
-        adopted.__dict__.update(layer.__dict__)
-        return adopted
-
     @property
-    def state(self) -> H3State | None:
-        """The states, to be updated in place; None before the first token."""
+    def state(self) -> MixerState | None:
+        """What the layer remembers, to be updated in place; None before the first token."""
         if not self.has_previous_state[0]:
             return None
+        if not self.is_conv_states_initialized[0]:
+            return self.recurrent_states[0]
         return H3State(self.conv_states[0], self.recurrent_states[0])
 
-    def store(self, state: H3State) -> None:
+    def store(self, state: MixerState) -> None:
         """Copy in the states after the tokens so far."""
-        state = H3State(state.shift.detach(), state.diag.detach())
-        if not self.is_conv_states_initialized[0]:
-            self.lazy_initialization(conv_states=state.shift, recurrent_states=state.diag)
-        self.conv_states[0].copy_(state.shift)
-        self.recurrent_states[0].copy_(state.diag)
+        shift, diag = state if isinstance(state, H3State) else (None, state)
+        if not self.is_recurrent_states_initialized[0]:
+            self.lazy_initialization(
+                conv_states=None if shift is None else shift.detach(), recurrent_states=diag.detach()
+            )
+            self.device = diag.device
+        if shift is not None:
+            self.conv_states[0].copy_(shift.detach())
+        self.recurrent_states[0].copy_(diag.detach())
         self.has_previous_state[0] = True
 
     def count(self, n_tokens: int) -> None:
@@ -59,8 +61,8 @@ class SSMCacheLayer(LinearAttentionLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times."""
-        if self.is_conv_states_initialized[0]:
-            batch = self.conv_states[0].shape[0]
+        if self.is_recurrent_states_initialized[0]:
+            batch = self.recurrent_states[0].shape[0]
             self._select(torch.arange(batch, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -80,9 +82,9 @@ class SSMCacheLayer(LinearAttentionLayer):
             )
 
     def _select(self, indices: Tensor) -> None:
-        if not self.is_conv_states_initialized[0]:
-            return
         for states in (self.conv_states, self.recurrent_states):
+            if states[0] is None:
+                continue
             chosen = states[0][indices.to(states[0].device)]
             if chosen.shape == states[0].shape:
                 states[0].copy_(chosen)
@@ -156,7 +158,9 @@ def adopt(cache: Cache, config: H3Config) -> None:
         layer = cache.layers[i]
         if kind == LINEAR and type(layer) is LinearAttentionLayer:
             counts = i == 0 and not config.attn_layers
-            cache.layers[i] = (CountingCacheLayer if counts else SSMCacheLayer).adopt(layer)
+            if any(layer.is_recurrent_states_initialized.values()):
+                raise ValueError(f"past_key_values holds states at layer {i} that no H3 model made")
+            cache.layers[i] = CountingCacheLayer() if counts else SSMCacheLayer()
         elif isinstance(layer, LinearAttentionCacheLayerMixin) != (kind == LINEAR):
             raise ValueError(f"past_key_values has a {type(layer).__name__} for layer {i}, which is {kind}")
 
@@ -168,6 +172,8 @@ def check_batch(cache: Cache, batch: int) -> None:
         ValueError: If it holds another number.
     """
     for layer in cache.layers:
-        state = layer.state if isinstance(layer, SSMCacheLayer) else None
-        if state is not None and state.shift.shape[0] != batch:
-            raise ValueError(f"past_key_values holds {state.shift.shape[0]} texts, got a batch of {batch}")
+        if not isinstance(layer, SSMCacheLayer) or not layer.has_previous_state[0]:
+            continue
+        n_texts = layer.recurrent_states[0].shape[0]
+        if n_texts != batch:
+            raise ValueError(f"past_key_values holds {n_texts} texts, got a batch of {batch}")
