@@ -89,7 +89,7 @@ def test_unknown_field_of_a_preset_names_the_nearest():
         ),
         ({"rotary_dim": 66, "attn_layers": (1,)}, "rotary_dim must be even"),
         ({"padded_vocab_size": 100}, "padded_vocab_size 100 is below vocab_size 50257"),
-        ({"mixer": "mamba"}, "mixer must be one of h3, got 'mamba'"),
+        ({"mixer": "s5"}, "unknown mixer 's5'; the nearest is 's4', known are h3, s4d, s4, dss, gss"),
         ({"discretisation": "euler"}, "discretisation must be one of bilinear, zoh"),
         ({"ssm_init": "random"}, "ssm_init must be one of diag-lin"),
         ({"real_type": "tanh"}, "real_type must be one of exp"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hippos.layers import H3, MLP
+from hippos.layers import H3, MLP, SSMLayer
 from hippos.models.attention import CachedSelfAttention
 from hippos.models.cache import SSMCacheLayer
 from hippos.models.configuration_h3 import ATTENTION, H3Config
 from hippos.models.layout import TokenLayout
+from hippos.models.mixers import make_mixer
 from hippos.ops import H3State
 
 
@@ -29,7 +33,8 @@ class H3Block(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.dropout = config.residual_dropout
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = _make_mixer(config, layer_idx)
+        is_attention = config.layer_types[layer_idx] == ATTENTION
+        self.mixer = CachedSelfAttention(config, layer_idx) if is_attention else make_mixer(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
@@ -59,25 +64,7 @@ class H3Block(GradientCheckpointingLayer):
         return mix_ssm(self.mixer, u, layout, None if past is None else past.layers[self.layer_idx]), None
 
 
-def _make_mixer(config: H3Config, layer_idx: int) -> H3 | CachedSelfAttention:
-    if config.layer_types[layer_idx] == ATTENTION:
-        return CachedSelfAttention(config, layer_idx)
-    return H3(
-        config.hidden_size,
-        d_state=config.state_size,
-        head_dim=config.head_dim,
-        n_ssm=config.n_ssm,
-        discretisation=config.discretisation,
-        init=config.ssm_init,
-        real_type=config.real_type,
-        dt_min=config.dt_min,
-        dt_max=config.dt_max,
-        head_layout=config.head_layout,
-        ssm_lr=config.ssm_lr,
-    )
-
-
-def mix_ssm(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer | None) -> Tensor:
+def mix_ssm(mixer: H3 | SSMLayer, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer | None) -> Tensor:
     """Run an SSM mixer in the form that fits: packed documents, a piece of a text, or one more token.
 
     Args:
@@ -99,12 +86,14 @@ def mix_ssm(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer | N
     return y
 
 
-def _advance(mixer: H3, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer) -> Tensor:
+def _advance(mixer: H3 | SSMLayer, u: Tensor, layout: TokenLayout, cached: SSMCacheLayer) -> Tensor:
     state = cached.state
     if state is not None and torch.is_grad_enabled():
-        state = H3State(state.shift.clone(), state.diag.clone())  # autograd keeps it, and it is overwritten below
+        # Autograd keeps it, and it is overwritten below.
+        state = H3State(*(part.clone() for part in state)) if isinstance(state, H3State) else state.clone()
     elif state is not None and u.shape[1] == 1 and layout.real is None:
-        return mixer.step(u, state)
+        step: Callable[[Tensor, Any], Tensor] = mixer.step
+        return step(u, state)
     y, state = mixer(u, initial_state=state, return_state=True, mask=layout.real)
     cached.store(state)
     return y

@@ -10,24 +10,13 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from hippos.errors import ConfigError
-from hippos.layers.h3 import HEAD_LAYOUTS
-from hippos.layers.ssm_diagonal import DISCRETISATIONS, REAL_TYPES
-from hippos.layers.ssm_init import INITS
+from hippos.models.mixers import MIXER_FIELDS, check_mixer, find_mixer
 from hippos.models.presets import find_preset
-
-MIXERS = ("h3",)
 
 LINEAR, ATTENTION = "linear_attention", "full_attention"
 
 _POSITIVE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "state_size", "head_dim")
 _FRACTIONS = ("embedding_dropout", "residual_dropout", "attention_dropout")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "mixer": MIXERS,
-    "discretisation": DISCRETISATIONS,
-    "ssm_init": INITS,
-    "real_type": tuple(REAL_TYPES),
-    "head_layout": HEAD_LAYOUTS,
-}
 
 
 class H3Config(PreTrainedConfig):
@@ -46,19 +35,23 @@ class H3Config(PreTrainedConfig):
         num_attention_heads: Heads of the attention layers.
         intermediate_size: Inner width of the MLP. None: 4 D.
         layer_types: For each layer "linear_attention" (the SSM mixer) or "full_attention". None: no attention.
-        mixer: The SSM layer.
+        mixer: The SSM layer: "h3", "s4d", "s4", "dss" or "gss". A field that it does not have keeps its default.
+        mixer_options: More arguments of that layer. H3: ``shift``, ``has_gates``; S4D: ``has_B``, ``glu``; S4: ``glu``;
+            DSS: ``form``, ``l_max``, ``glu``; GSS: ``n_heads``, ``d_gate``, ``is_imag_exp``. See the layers.
         state_size: SSM state of one channel, N, even: N / 2 complex modes, and N taps of the shift SSM.
         head_dim: Width of one H3 head, P; divides D.
-        n_ssm: Different diagonal SSMs, shared by the D / P heads; divides their number. None: one a head.
-        discretisation: Rule from continuous to discrete SSM.
-        ssm_init: Initial poles of the diagonal SSM.
-        real_type: How the poles' real part is kept negative.
+        n_ssm: Different SSMs, shared by the D / P heads; divides their number. None: one a head, in DSS one for all.
+        discretisation: Rule from continuous to discrete SSM. None: "bilinear" in H3, "zoh" in S4D.
+        ssm_init: Initial poles of the SSM. None: "diag-lin" in H3 and S4D, "legs" in S4, "diag-legs" in DSS.
+        real_type: How the poles' real part is kept negative. None: "exp".
         dt_min: Smallest initial step size.
         dt_max: Largest initial step size.
         ssm_lr: Ceiling of the learning rate of the SSMs' dynamics; 0 freezes them.
         head_layout: Order of the layer's output channels for P > 1: (head, channel) or (channel, head).
-        rotary_dim: Channels of each attention head that carry rotary positions, even; 0: no positions at all.
+        rotary_dim: Channels of each attention head that carry rotary positions, even; 0: none.
         rotary_base: Base of the rotary frequencies.
+        learned_positions: Length of the longest text in a model that learns an embedding of each position, as a
+            Transformer without rotary positions needs; 0: no such embedding, and no longest text.
         embedding_dropout: Dropout on the embeddings, in training.
         residual_dropout: Dropout on what each mixer and MLP adds to the stream, in training.
         attention_dropout: Dropout on the attention weights, in training.
@@ -88,18 +81,20 @@ class H3Config(PreTrainedConfig):
     intermediate_size: int = None  # type: ignore[assignment]
     layer_types: list[str] = None  # type: ignore[assignment]
     mixer: str = "h3"
+    mixer_options: dict[str, Any] = None  # type: ignore[assignment]
     state_size: int = 64
     head_dim: int = 1
     n_ssm: int | None = None
-    discretisation: str = "bilinear"
-    ssm_init: str = "diag-lin"
-    real_type: str = "exp"
+    discretisation: str = None  # type: ignore[assignment]
+    ssm_init: str = None  # type: ignore[assignment]
+    real_type: str = None  # type: ignore[assignment]
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     ssm_lr: float = 1e-3
     head_layout: str = "hd"
     rotary_dim: int = 0
     rotary_base: float = 10000.0
+    learned_positions: int = 0
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -115,7 +110,13 @@ class H3Config(PreTrainedConfig):
     def __post_init__(self, attn_layers: Sequence[int] | None = None, **kwargs: Any) -> None:
         """Fill in what is None, take `attn_layers` and Transformers' own arguments, and check."""
         self._check_numbers()
-        defaults = {"padded_vocab_size": -(-self.vocab_size // 8) * 8, "intermediate_size": 4 * self.hidden_size}
+        words = {field: choices[0] for field, choices in find_mixer(self.mixer).choices.items()}
+        defaults = {
+            "padded_vocab_size": -(-self.vocab_size // 8) * 8,
+            "intermediate_size": 4 * self.hidden_size,
+            "mixer_options": {},
+            **words,
+        }
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -156,6 +157,13 @@ class H3Config(PreTrainedConfig):
         return tuple(i for i, kind in enumerate(self.layer_types or ()) if kind == ATTENTION)
 
     @property
+    def max_position_embeddings(self) -> int:
+        """Length of the longest text, for tools that ask; there is no such attribute where any length goes."""
+        if not self.learned_positions:
+            raise AttributeError("an H3 model without learned_positions reads texts of any length")
+        return self.learned_positions
+
+    @property
     def attention_head_dim(self) -> int:
         """Channels of one head of an attention layer."""
         return self.hidden_size // self.num_attention_heads
@@ -169,6 +177,7 @@ class H3Config(PreTrainedConfig):
         self._check_numbers()
         self._check_layer_types()
         self._check_ssm()
+        check_mixer(self, {field: getattr(type(self), field) for field in MIXER_FIELDS})
         if self.attn_layers:
             self._check_attention()
 
@@ -183,9 +192,10 @@ class H3Config(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range", "rotary_base", "dt_min", "dt_max"):
             _check_number(name, getattr(self, name), above=0.0)
         _check_number("ssm_lr", self.ssm_lr, low=0.0)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if isinstance(self.learned_positions, bool) or not isinstance(self.learned_positions, int):
+            raise ConfigError(f"learned_positions must be an integer, got {self.learned_positions!r}")
+        if self.learned_positions < 0:
+            raise ConfigError(f"learned_positions must be at least 0, got {self.learned_positions}")
         if self.padded_vocab_size is not None and self.padded_vocab_size < self.vocab_size:
             raise ConfigError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
 

@@ -22,7 +22,7 @@ class TokenLayout(NamedTuple):
         real: False at padding, shape (B, L); None if all tokens are real.
         cu_seqlens: Bounds of packed documents in the B * L tokens, row after row, shape (n_docs + 1,); None if every
             row is one text.
-        position_ids: Positions for rotary attention, shape (B, L) or (1, L); None without it.
+        position_ids: Positions for rotary attention or learned embeddings, shape (B, L) or (1, L); None without them.
         attention_mask: The mask as the model's attention implementation takes it.
     """
 
@@ -216,14 +216,16 @@ def lay_out(
     Returns:
         The layout.
     """
-    if not config.attn_layers:
-        return TokenLayout(real, cu_seqlens, None, None)
+    has_rotary = bool(config.attn_layers and config.rotary_dim)
+    has_positions = has_rotary or config.learned_positions > 0
     batch, seqlen = embeddings.shape[:2]
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and (has_positions or config.attn_layers):
         position_ids = document_positions(cu_seqlens, batch, seqlen)
-    elif config.rotary_dim and position_ids is None:
+    elif has_positions and position_ids is None:
         position_ids = _positions(mask, seqlen, past, embeddings.device)
-    if isinstance(mask, Mapping):
+    if not config.attn_layers:
+        attention_mask = None
+    elif isinstance(mask, Mapping):
         attention_mask = mask.get(ATTENTION)
     else:
         attention_mask = create_causal_mask(
@@ -233,11 +235,14 @@ def lay_out(
             past_key_values=past,
             position_ids=None if cu_seqlens is None else position_ids,
         )
-    return TokenLayout(real, cu_seqlens, position_ids if config.rotary_dim else None, attention_mask)
+    return TokenLayout(real, cu_seqlens, position_ids if has_positions else None, attention_mask)
 
 
 def _positions(mask: Tensor | Mapping[str, Any] | None, seqlen: int, past: Cache | None, device: Any) -> Tensor:
-    """Count real tokens from 0; without a plain mask, all tokens (rotary attention sees differences only)."""
+    """Count real tokens from 0; without a plain mask, all tokens.
+
+    (Rotary attention sees differences only, and `generate`, which makes other masks, gives positions with them.)
+    """
     if isinstance(mask, Tensor):
         return (mask.to(device=device, dtype=torch.long).cumsum(dim=1) - 1).clamp(min=0)[:, -seqlen:]
     n_past = 0 if past is None else past.get_seq_length()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
 from hippos.models.loss import next_token_loss
-from hippos.models.tokens import check_tokens, check_vocabulary
+from hippos.models.tokens import check_positions, check_tokens, check_vocabulary
 
 
 class H3PreTrainedModel(PreTrainedModel):
@@ -32,7 +32,7 @@ class H3PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["H3Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift", "diag"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift", "diag", "dplr"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -112,6 +112,9 @@ class H3Model(H3PreTrainedModel):
         config.check()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.embed_positions = (
+            nn.Embedding(config.learned_positions, config.hidden_size) if config.learned_positions else None
+        )
         self.layers = nn.ModuleList(H3Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -144,7 +147,7 @@ class H3Model(H3PreTrainedModel):
                 the tokens before are right, but the states are not to be gone on from: no cache is returned, and asking
                 for one is an error. Or the masks that `generate` prepares for compiled steps, by layer type.
             position_ids: Positions, shape (B, L) or (1, L). Without padding and cache, a position that is not the one
-                before plus one begins a new document; else only rotary attention reads them.
+                before plus one begins a new document; else only rotary attention and learned positions read them.
             past_key_values: Keys, values and states of the tokens before, updated in place: a `DynamicCache` or
                 `StaticCache` of Transformers. No gradient flows through the SSM layers' states.
             inputs_embeds: Embeddings in place of ``input_ids``, shape (B, L, D).
@@ -185,6 +188,10 @@ class H3Model(H3PreTrainedModel):
         layout = lay_out(
             self.config, hidden_states, attention_mask, position_ids, past_key_values, padding.real, cu_seqlens
         )
+        if self.embed_positions is not None:
+            positions = cast(Tensor, layout.position_ids)
+            check_positions(positions, self.config.learned_positions)
+            hidden_states = hidden_states + self.embed_positions(positions)
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_weights = self.config.output_attentions if output_attentions is None else output_attentions
         if wants_weights and self.config._attn_implementation != "eager":

@@ -40,3 +40,16 @@ def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})")
+
+
+def check_positions(position_ids: Tensor, n_positions: int) -> None:
+    """Raise unless there is an embedding for each position; looks on a CPU only, outside of compiled graphs.
+
+    Raises:
+        ValueError: If a text is longer than ``n_positions``.
+    """
+    if position_ids.device.type != "cpu" or is_tracing(position_ids):
+        return
+    length = int(position_ids.max()) + 1
+    if length > n_positions:
+        raise ValueError(f"the model has learned_positions {n_positions}, got a text of {length} tokens")
