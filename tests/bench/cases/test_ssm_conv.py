@@ -25,10 +25,10 @@ def test_both_methods_agree_with_float64_and_time_both_passes():
     assert max(errors.values()) < 1e-5
     (goal,) = workload.goals
     assert goal.at_least == 2.0
-    for name, method in workload.methods.items():
+    for method in workload.methods.values():
         sample = method(Clock(CPU.device))
         assert 0 < sample["forward"] < sample["forward + backward"]
-        assert ("of it, from the SSM parameters" in sample) == (name == "torch.fft")
+        assert sample["of it, from the SSM parameters"] > 0
 
 
 def test_a_length_without_a_goal_has_none():

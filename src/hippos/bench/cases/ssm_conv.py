@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hippos.bench.harness import Clock, Context, Goal, Method, Workload
 from hippos.ops import discretise, ssm_conv, ssm_filter
+from hippos.ops.ssm_conv.chunked import choose_chunk_len
+from hippos.ops.ssm_conv.operators import Modes, chunk_operators, chunk_operators_adjoint
 
 FORWARD, BOTH, PART = "forward", "forward + backward", "of it, from the SSM parameters"
 # Channels are independent, so the slow float64 recurrence is run for a few of them.
@@ -47,16 +49,12 @@ def prepare_ssm_conv(size: ConvSize, context: Context, *, goals: Mapping[int, fl
         The workload.
     """
     inputs, dout = _make_inputs(size, context)
-    filter_gradient = torch.randn(size.n_heads, size.seqlen, generator=context.generator(), device=context.device)
     convolutions: dict[str, Convolution] = {"ssm_conv": ssm_conv, "torch.fft": fft_convolution}
-    make_filter = partial(ssm_filter, filter_len=size.seqlen)
     goal = goals.get(size.seqlen)
     return Workload(
         methods={
-            "ssm_conv": _both_passes(ssm_conv, inputs, dout),
-            "torch.fft": _with_part(
-                _both_passes(fft_convolution, inputs, dout), _both_passes(make_filter, inputs[1:4], filter_gradient)
-            ),
+            "ssm_conv": _with_part(_both_passes(ssm_conv, inputs, dout), _operators_alone(size, inputs)),
+            "torch.fft": _with_part(_both_passes(fft_convolution, inputs, dout), _filter_alone(size, inputs)),
         },
         check=lambda: {name: _error(function, inputs, dout) for name, function in convolutions.items()},
         max_error=1e-4 if size.dtype == "float32" else 3e-2,
@@ -131,6 +129,28 @@ def _both_passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], do
         torch.autograd.grad(y, inputs, dout)
         end = clock.mark()
         return {FORWARD: clock.seconds(start, middle), BOTH: clock.seconds(start, end)}
+
+    return sample
+
+
+def _filter_alone(size: ConvSize, inputs: tuple[Tensor, ...]) -> Method:
+    parameters = inputs[1:4]
+    dout = torch.ones(size.n_heads, size.seqlen, device=inputs[0].device)
+    return _both_passes(partial(ssm_filter, filter_len=size.seqlen), parameters, dout)
+
+
+def _operators_alone(size: ConvSize, inputs: tuple[Tensor, ...]) -> Method:
+    """The chunk operators as the convolution makes them: in the forward, again in the backward, and their adjoint."""
+    _, log_a, b, c, d = (tensor.detach() for tensor in inputs)
+    chunk_len = choose_chunk_len(size.batch, size.seqlen)
+
+    def sample(clock: Clock) -> dict[str, float]:
+        start = clock.start()
+        modes = Modes.split(log_a, b, c, log_a.dtype)
+        for _ in range(2):
+            operators = chunk_operators(modes, d, chunk_len)
+        chunk_operators_adjoint(modes, *operators)
+        return {BOTH: clock.seconds(start, clock.mark())}
 
     return sample
 
