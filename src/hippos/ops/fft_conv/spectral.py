@@ -14,6 +14,7 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.precision import without_autocast
+from hippos.ops.stacking import stack_as_channels
 
 
 def fft_conv_torch(
@@ -102,3 +103,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 spectral_conv_op.register_autograd(_backward, setup_context=_save)
 spectral_conv_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(spectral_conv_op, inputs=(1, 0, None), outputs=(1,))

@@ -16,6 +16,7 @@ from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
 from hippos.ops.precision import without_autocast
+from hippos.ops.stacking import stack_as_channels
 from hippos.ops.toeplitz import band, band_adjoint
 
 CHUNK_LEN = 64
@@ -131,3 +132,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 shift_conv_op.register_autograd(_backward, setup_context=_save)
 shift_conv_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(shift_conv_op, inputs=(1, 0, 1, None), outputs=(1,))

@@ -16,6 +16,7 @@ from hippos.ops.chunks import count_rows
 from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, ssm_conv_chunked
 from hippos.ops.ssm_conv.chunked_adjoint import ssm_conv_chunked_adjoint
+from hippos.ops.stacking import stack_as_channels
 
 
 def ssm_conv_torch(
@@ -178,3 +179,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 ssm_conv_chunked_op.register_autograd(_backward, setup_context=_save)
 ssm_conv_chunked_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(ssm_conv_chunked_op, inputs=(1, 0, 0, 0, 0, 1, 1, 1, None, None, None), outputs=(1, 1, 0, 1))

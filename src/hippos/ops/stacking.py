@@ -1,0 +1,51 @@
+"""Rules by which `torch.vmap` takes operators over channels: a stack of models is one call with more channels.
+
+Channels never meet inside these operators, so S stacked calls with H channels each are one call with S H channels. No
+call is looped over, forward or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+
+def stack_as_channels(op: CustomOpDef, inputs: Sequence[int | None], outputs: Sequence[int]) -> None:
+    """Register for `torch.vmap` that an operator acts on each channel alone.
+
+    Args:
+        op: The operator.
+        inputs: For each argument, the axis of its channels; None for arguments that are no tensors.
+        outputs: For each result, the axis of its channels. A result without elements has none and stays as it is.
+    """
+
+    def in_one_call(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        folded = [
+            argument if channels is None or argument is None else _fold(argument, stacked, channels, info.batch_size)
+            for argument, stacked, channels in zip(arguments, in_dims, inputs, strict=True)
+        ]
+        results = op(*folded)
+        results = results if isinstance(results, tuple) else (results,)
+        unfolded = tuple(
+            torch.unflatten(result, channels, (info.batch_size, -1)) if result.numel() else result
+            for result, channels in zip(results, outputs, strict=True)
+        )
+        out_dims = tuple(
+            channels if result.numel() else None for result, channels in zip(results, outputs, strict=True)
+        )
+        return (unfolded, out_dims) if len(outputs) > 1 else (unfolded[0], out_dims[0])
+
+    torch.library.register_vmap(op, in_one_call)
+
+
+def _fold(tensor: Tensor, stacked: int | None, channels: int, n_stacked: int) -> Tensor:
+    """Bring the axis of the stack before that of the channels, and make one axis of the two."""
+    if stacked is None:
+        tensor = tensor.unsqueeze(channels).expand(*tensor.shape[:channels], n_stacked, *tensor.shape[channels:])
+    else:
+        tensor = tensor.movedim(stacked, channels)
+    return tensor.flatten(channels, channels + 1)
