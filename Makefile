@@ -61,7 +61,7 @@ imports: setup  ## Check that the rooms import one way
 	$(BIN)/lint-imports --no-logo
 
 docs: setup  ## Build the documentation in site/, warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## Remove the virtual environment and everything built
 	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

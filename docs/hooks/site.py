@@ -1,4 +1,4 @@
-"""What is made while the site is built: MathML of formulas, and the pages that follow from the code."""
+"""What is made while the site is built: navigation by folder, the command's help, MathML of formulas."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from latex2mathml.converter import convert
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
 _HELP = re.compile(r"^<!-- (hippos[a-z ]*) --help -->$", re.MULTILINE)
+
+
+def on_config(config: Any) -> Any:
+    """Replace ``FOLDER/*`` in the navigation by the folder's pages, its index first."""
+    docs = Path(config["docs_dir"])
+    for section in config["nav"]:
+        for title, target in section.items():
+            if isinstance(target, str) and target.endswith("/*"):
+                pages = sorted(docs.glob(f"{target[:-2]}/*.md"), key=lambda page: (page.stem != "index", page.name))
+                section[title] = [str(page.relative_to(docs)) for page in pages]
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
