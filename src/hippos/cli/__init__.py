@@ -19,8 +19,8 @@ from hippos.version import __version__
 
 __all__ = ["VERBS", "app", "app_verbs", "main"]
 
-# In the order in which a newcomer meets them.
-VERBS = ("train", "generate", "evaluate", "convert", "bench", "info")
+# In the order in which a newcomer meets them; those without a file yet are not there.
+VERBS = ("train", "generate", "evaluate", "convert", "synthetics", "lra", "bench", "report", "info")
 
 app = typer.Typer(
     name="hippos",
