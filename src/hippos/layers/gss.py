@@ -21,7 +21,7 @@ class GSS(SSMLayer):
     Args:
         d_model: Width D of the tokens.
         d_state: State size N of the SSM, even; M = N/2 complex modes.
-        n_heads: Channels H that go through the SSM; None for D/4, at least 1.
+        n_heads: Channels H that go through the SSM; at least 2; None for D/4 (or 2).
         d_gate: Channels of the gate; None for 4 D.
         is_imag_exp: Whether the SSM's frequencies are stored as logarithms.
         layer_norm_eps: Epsilon of the normalisation before the SSM.
@@ -58,10 +58,14 @@ class GSS(SSMLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(d_model)
-        n_heads = max(d_model // 4, 1) if n_heads is None else n_heads
+        n_heads = max(d_model // 4, 2) if n_heads is None else n_heads
         d_gate = 4 * d_model if d_gate is None else d_gate
-        if n_heads < 1 or d_gate < 1:
-            raise ValueError(f"n_heads and d_gate must be at least 1, got {n_heads} and {d_gate}")
+        if n_heads < 2:
+            raise ValueError(
+                f"n_heads must be at least 2 (normalised over one channel, nothing is left), got {n_heads}"
+            )
+        if d_gate < 1:
+            raise ValueError(f"d_gate must be at least 1, got {d_gate}")
         self.d_state, self.n_heads, self.d_gate = d_state, n_heads, d_gate
         self.gate_proj = nn.Linear(d_model, d_gate, bias=False, device=device, dtype=dtype)
         self.in_proj = nn.Linear(d_model, n_heads, bias=False, device=device, dtype=dtype)

@@ -125,7 +125,7 @@ def split_normal(matrices: Hippo) -> NormalPlusLowRank:
     imaginary, basis = torch.linalg.eigh(-1j * skew)
     n_modes = A.shape[0] // 2
     imaginary, basis = imaginary[:n_modes], basis[:, :n_modes].clone()
-    n_null = int((imaginary.abs() < 1e-9 * imaginary.abs().max()).sum())
+    n_null = int((imaginary.abs() <= 1e-9 * imaginary.abs().max()).sum())
     if n_null:
         real_null = torch.linalg.eigh(skew @ skew.T)[1][:, : 2 * n_null]
         basis[:, n_modes - n_null :] = torch.complex(real_null[:, :n_null], real_null[:, n_null:]) / math.sqrt(2)
