@@ -78,16 +78,16 @@ def check_modes(log_a: Tensor, b: Tensor, c: Tensor, *, n_heads: int | None = No
     check_tensor("c", c, axes, tuple(log_a.shape), like=log_a, dtypes=PARAMETER_DTYPES)
 
 
-def check_impl(name: str, impl: str) -> None:
+def check_impl(name: str, impl: str, *, has_triton: bool = False) -> None:
     """Raise unless ``impl`` is a known implementation that the operator ``name`` has.
 
     Raises:
         ValueError: If ``impl`` is no known word.
-        UnsupportedError: If ``impl="triton"``.
+        UnsupportedError: If ``impl="triton"`` and the operator has no kernel.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
-    if impl == "triton":
+    if impl == "triton" and not has_triton:
         raise UnsupportedError(f"{name} has no Triton kernel yet; impl='auto' or 'torch' runs on any device")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
+from hippos.errors import UnsupportedError
 from hippos.ops.arguments import (
     PARAMETER_DTYPES,
     Impl,
@@ -15,6 +17,7 @@ from hippos.ops.arguments import (
     check_tensor,
     document_bounds,
 )
+from hippos.ops.ssm_conv.autograd import ssm_conv_triton, why_not_triton
 from hippos.ops.ssm_conv.chunked_op import ssm_conv_torch
 from hippos.ops.ssm_conv.reference import ssm_conv_reference
 
@@ -106,7 +109,8 @@ def ssm_conv(
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
-        impl: "auto" takes "torch".
+        impl: "auto" takes "triton" on CUDA tensors that the kernels support and "torch" elsewhere, for packed documents
+            and in exported programs. The kernels copy a signal whose last stride is not 1.
 
     Returns:
         ``y``, shape (B, H, L), dtype of ``u``; with ``return_state``, ``(y, state)``, the state shaped like
@@ -116,12 +120,14 @@ def ssm_conv(
         TypeError: If a tensor's dtype is none of those named above (integer, complex, half parameters).
         ValueError: If shapes or devices disagree, L is 0, ``cu_seqlens`` does not describe the sequence, or ``impl``
             is unknown.
-        UnsupportedError: If ``impl="triton"``.
+        UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64,
+            ``cu_seqlens`` is given, or there are more than 64 modes (32 in float32).
 
     Source:
-        Fu et al. 2023 (arXiv:2212.14052), sections 2 and 4; derivation in docs/math/state_passing.md.
+        Fu et al. 2023 (arXiv:2212.14052), sections 2 and 4; derivation in docs/math/state_passing.md, and of the
+        kernels in docs/math/flashconv.md.
     """
-    check_impl("ssm_conv", impl)
+    check_impl("ssm_conv", impl, has_triton=True)
     check_signal("u", u)
     batch, n_heads, seqlen = u.shape
     check_modes(log_a, b, c, n_heads=n_heads, like=u)
@@ -136,8 +142,25 @@ def ssm_conv(
         sizes = (n_states, *log_a.shape)
         check_tensor("initial_state", initial_state, f"{axes}, H, M, 2", sizes, like=u, dtypes=PARAMETER_DTYPES)
     inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
-    if impl == "reference":
+    if _takes_triton(u, log_a, bounds, (in_gate, out_gate), impl):
+        y, state = ssm_conv_triton(*inputs, return_state)
+    elif impl == "reference":
         y, state = ssm_conv_reference(*inputs, bounds)
     else:
         y, state = ssm_conv_torch(*inputs, bounds, return_state)
     return (y, state) if return_state else y
+
+
+def _takes_triton(
+    u: Tensor, log_a: Tensor, bounds: list[int] | None, gates: tuple[Tensor | None, ...], impl: Impl
+) -> bool:
+    """Whether the kernels run; raises if they were asked for and cannot."""
+    if impl == "auto":
+        may_run = u.is_cuda and not torch.compiler.is_exporting()
+        return may_run and why_not_triton(u, log_a, bounds, gates) is None
+    if impl != "triton":
+        return False
+    obstacle = why_not_triton(u, log_a, bounds, gates)
+    if obstacle is not None:
+        raise UnsupportedError(f"ssm_conv cannot run with impl='triton': {obstacle}; impl='torch' can")
+    return True

@@ -1,11 +1,13 @@
-"""GPU programs of the diagonal SSM's convolution: chunk operators and the forward pass, with what the backward shares.
+"""What the GPU programs of the diagonal SSM's convolution share: scales, pairs, the scan of chunk states, tiles.
 
-Names in here: a program owns one channel. It cuts every sequence into chunks of CHUNK samples and works on a tile of
-LANES x STEPS chunks at a time, row ``lane * STEPS + step`` of every product. The lanes of a tile are SEQUENCES
-sequences of the batch times SEGMENTS consecutive segments of each; a lane's STEPS chunks follow one another. States and operators are stored as
-(re, im) pairs along the modes and worked on as separate real and imaginary tensors. The schedule is derived in
-docs/math/flashconv.md.
+Names in all of them: a program owns one channel. It cuts every sequence into chunks of CHUNK samples and works on a
+tile of LANES x STEPS chunks at a time, row ``lane * STEPS + step`` of every product. The lanes of a tile are SEQUENCES
+sequences of the batch times SEGMENTS consecutive segments of each; a lane's STEPS chunks follow one another. States
+and operators are stored as (re, im) pairs along the modes and worked on as separate real and imaginary tensors. The
+schedule is derived in docs/math/flashconv.md.
 """
+
+# ruff: noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def two_to(exponent):
 
 @triton.jit
 def exponent_to_half(peak):
-    """The exponent e, in [-100, 100], with which peak * 2**e lies in [2**13, 2**14): 27 binary digits above underflow."""
+    """The exponent e, in [-100, 100], with which peak * 2**e lies in [2**13, 2**14), 27 bits above underflow."""
     biased = (peak.to(tl.int32, bitcast=True) >> 23) & 0xFF
     return tl.minimum(tl.maximum(140 - biased, -100), 100)
 
@@ -30,53 +32,6 @@ def exponent_to_half(peak):
 def peak_of(values):
     """The largest magnitude in a tile."""
     return tl.max(tl.abs(values))
-
-
-@triton.jit
-def _leading_bits(x):
-    """x with its last 12 significant bits cleared: products of two such numbers are exact in float32."""
-    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _fixed_point(turns):
-    """The fraction of ``turns`` as an int32 whose 2**32 steps are one turn, so that integer overflow wraps it."""
-    return ((turns - tl.floor(turns + 0.5)) * 4294967296.0).to(tl.int32)
-
-
-@triton.jit
-def phase_of(angle):
-    """An angle in radians as a 32-bit fraction of a turn, exact to about 2**-31 of a turn."""
-    # 1 / (2 pi) in three parts; the products of leading parts are exact.
-    head: tl.constexpr = 2607 / 16384
-    middle: tl.constexpr = 2378 / 65536000
-    tail: tl.constexpr = 0.15915494309189535 - 2607 / 16384 - 2378 / 65536000
-    leading = _leading_bits(angle)
-    rest = angle - leading
-    middle_leading = _leading_bits(angle * 0.0 + middle)
-    phase = _fixed_point(leading * head) + _fixed_point(rest * head)
-    phase += _fixed_point(leading * middle_leading) + _fixed_point(rest * middle_leading)
-    return phase + _fixed_point(angle * ((middle - middle_leading) + tail))
-
-
-@triton.jit
-def complex_power(log_size, phase, exponent):
-    """a ** exponent from log |a|, the phase of a and an int32 exponent >= 0, as re, im; 1 at exponent 0.
-
-    The phase is multiplied modulo one turn without rounding, so it stays exact for any exponent. Sine and cosine are
-    polynomials on an eighth of a turn each way, right to 1e-7 and free of the library's slow path.
-    """
-    angle = phase * exponent
-    quarter = (angle + 536870912) >> 30
-    x = (angle - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # radians in [-pi/4, pi/4]
-    z = x * x
-    sin = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
-    cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
-    is_odd = (quarter & 1) != 0
-    re, im = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
-    re, im = tl.where(((quarter + 1) & 2) != 0, -re, re), tl.where((quarter & 2) != 0, -im, im)
-    size = tl.where(exponent == 0, 1.0, tl.exp(exponent.to(tl.float32) * log_size))  # 0 * -inf is no number
-    return size * re, size * im
 
 
 @triton.jit
@@ -102,63 +57,6 @@ def from_pairs(pairs):
     n: tl.constexpr = pairs.shape[0]
     width: tl.constexpr = pairs.shape[1]
     return tl.split(tl.reshape(pairs, (n, width // 2, 2)))
-
-
-@triton.jit
-def _store_operand(ptr, plane_stride, values, PLANES: tl.constexpr):
-    """Store an operand in the pointer's dtype, or as the sum of two parts of that dtype."""
-    leading = values.to(ptr.dtype.element_ty)
-    tl.store(ptr, leading)
-    if PLANES == 2:
-        tl.store(ptr + plane_stride, values - leading.to(tl.float32))
-
-
-@triton.jit
-def chunk_operators_kernel(
-    log_a_ptr, b_ptr, c_ptr, d_ptr, taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
-    n_heads, n_modes,
-    CHUNK: tl.constexpr, MODES: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, HAS_D: tl.constexpr,
-):  # fmt: skip
-    """One channel's operators: K[:CHUNK] with D in its first tap, samples to state, state to samples, decay, scales.
-
-    ``into[j, m] = b a^(CHUNK-1-j)`` and ``outof[i, m] = (2 Re, -2 Im) c a^(i+1)``, both (CHUNK, MODES, 2); ``decay[m] =
-    a^CHUNK``, (MODES, 2). ``exponents`` holds the powers of two by which taps, into and outof are scaled
-    to fill the range of float16; bfloat16 and float32 operators are not scaled.
-    """
-    channel = tl.program_id(0)
-    times = tl.arange(0, CHUNK)
-    pairs = tl.arange(0, 2 * MODES)[None, :]
-    log_re, log_im = load_parameter(log_a_ptr, channel, n_modes, MODES)
-    b_re, b_im = load_parameter(b_ptr, channel, n_modes, MODES)
-    c_re, c_im = load_parameter(c_ptr, channel, n_modes, MODES)
-    phase = phase_of(log_im)
-    decay_re, decay_im = complex_power(log_re, phase, tl.full((1, 1), CHUNK, tl.int32))
-    tl.store(decay_ptr + channel * (2 * MODES) + pairs, to_pairs(decay_re, decay_im))
-    a_re, a_im = complex_power(log_re, phase, tl.full((1, 1), 1, tl.int32))
-    power_re, power_im = complex_power(log_re, phase, times[:, None])  # (CHUNK, MODES)
-
-    into_re, into_im = b_re * power_re - b_im * power_im, b_re * power_im + b_im * power_re
-    ca_re, ca_im = c_re * a_re - c_im * a_im, c_re * a_im + c_im * a_re
-    outof_re, outof_im = 2 * (ca_re * power_re - ca_im * power_im), -2 * (ca_re * power_im + ca_im * power_re)
-    taps = 2 * tl.sum(c_re * into_re - c_im * into_im, axis=1)
-    if HAS_D:
-        taps += tl.where(times == 0, tl.load(d_ptr + channel).to(tl.float32), 0.0)
-    into, outof = to_pairs(into_re, into_im), to_pairs(outof_re, outof_im)
-
-    if IS_SCALED:
-        tap_exponent = exponent_to_half(tl.max(tl.abs(taps), axis=0))
-        into_exponent, outof_exponent = exponent_to_half(peak_of(into)), exponent_to_half(peak_of(outof))
-        taps *= two_to(tap_exponent)
-        into, outof = into * two_to(into_exponent), outof * two_to(outof_exponent)
-        tl.store(exponents_ptr + channel * 3, tap_exponent)
-        tl.store(exponents_ptr + channel * 3 + 1, into_exponent)
-        tl.store(exponents_ptr + channel * 3 + 2, outof_exponent)
-    plane = n_heads.to(tl.int64) * CHUNK
-    _store_operand(taps_ptr + channel * CHUNK + times, plane, taps, PLANES)
-    plane *= 2 * MODES
-    base = channel.to(tl.int64) * (2 * CHUNK * MODES)
-    _store_operand(into_ptr + base + (CHUNK - 1 - times)[:, None] * (2 * MODES) + pairs, plane, into, PLANES)
-    _store_operand(outof_ptr + base + times[:, None] * (2 * MODES) + pairs, plane, outof, PLANES)
 
 
 @triton.jit
@@ -197,10 +95,9 @@ def sum_steps(x, COUNT: tl.constexpr):
     parts = _unfold(x, COUNT)
     if COUNT == 1:
         return parts[0]
-    elif COUNT == 2:
+    if COUNT == 2:
         return parts[0] + parts[1]
-    else:
-        return (parts[0] + parts[1]) + (parts[2] + parts[3])
+    return (parts[0] + parts[1]) + (parts[2] + parts[3])
 
 
 @triton.jit
@@ -229,12 +126,12 @@ def _scan(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr):
         else:
             return _fold((carry_re, mid_re), 2), _fold((carry_im, mid_im), 2), end_re, end_im
     else:
-        first: tl.constexpr = 3 if REVERSE else 0
+        start: tl.constexpr = 3 if REVERSE else 0
         step: tl.constexpr = -1 if REVERSE else 1
-        s1_re, s1_im = _advance(carry_re, carry_im, a_re, a_im, re[first], im[first])
-        s2_re, s2_im = _advance(s1_re, s1_im, a_re, a_im, re[first + step], im[first + step])
-        s3_re, s3_im = _advance(s2_re, s2_im, a_re, a_im, re[first + 2 * step], im[first + 2 * step])
-        end_re, end_im = _advance(s3_re, s3_im, a_re, a_im, re[first + 3 * step], im[first + 3 * step])
+        s1_re, s1_im = _advance(carry_re, carry_im, a_re, a_im, re[start], im[start])
+        s2_re, s2_im = _advance(s1_re, s1_im, a_re, a_im, re[start + step], im[start + step])
+        s3_re, s3_im = _advance(s2_re, s2_im, a_re, a_im, re[start + 2 * step], im[start + 2 * step])
+        end_re, end_im = _advance(s3_re, s3_im, a_re, a_im, re[start + 3 * step], im[start + 3 * step])
         if REVERSE:
             e_re, e_im = _fold((s3_re, s2_re, s1_re, carry_re), 4), _fold((s3_im, s2_im, s1_im, carry_im), 4)
         else:
@@ -244,7 +141,7 @@ def _scan(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr):
 
 @triton.jit
 def _power(a_re, a_im, EXPONENT: tl.constexpr):
-    """a ** 1, 2 or 4."""
+    """A ** 1, 2 or 4."""
     if EXPONENT >= 2:
         a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
     if EXPONENT == 4:
@@ -349,130 +246,3 @@ def place_rows(
     start = (tile * TILE + rows % TILE) * CHUNK
     mask = (is_item & (sequence < batch))[:, None] & (start[:, None] + tl.arange(0, CHUNK)[None, :] < seqlen)
     return sequence, start, mask
-
-
-@triton.jit
-def ssm_conv_fwd_kernel(
-    u_ptr, in_gate_ptr, out_gate_ptr, y_ptr,
-    taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
-    initial_ptr, state_ptr, saved_ptr,
-    u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, y_stride_b, y_stride_h,
-    batch, n_heads, seqlen, n_whole, n_tiles, n_groups, groups_per_program, n_saved,
-    CHUNK: tl.constexpr, STEPS: tl.constexpr, SEQUENCES: tl.constexpr, SEGMENTS: tl.constexpr, MODES: tl.constexpr,
-    SAVE_TILES: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_INITIAL: tl.constexpr, WANTS_STATE: tl.constexpr,
-):  # fmt: skip
-    """y = out_gate * (conv(K, in_gate * u) + d * in_gate * u) for one channel and some groups of SEQUENCES sequences.
-
-    Writes the state after ``n_whole`` chunks, and the state before every SAVE_TILES-th tile (0: none) for the
-    backward pass, as (B, H, MODES, 2) and (B, H, n_saved, MODES, 2).
-    """
-    LANES: tl.constexpr = SEQUENCES * SEGMENTS
-    ROWS: tl.constexpr = STEPS * LANES
-    TILE: tl.constexpr = SEGMENTS * STEPS
-    splits = tl.cdiv(n_groups, groups_per_program)
-    channel = tl.program_id(0) // splits
-    first_group = (tl.program_id(0) % splits) * groups_per_program
-    n_items = tl.minimum(groups_per_program, n_groups - first_group) * n_tiles
-
-    decay_re, decay_im = load_parameter(decay_ptr, channel, MODES, MODES)  # (1, MODES)
-    taps_ptr += channel * CHUNK
-    into_ptr += channel.to(tl.int64) * (2 * CHUNK * MODES)
-    outof_ptr += channel.to(tl.int64) * (2 * CHUNK * MODES)
-    toeplitz = load_toeplitz(taps_ptr, CHUNK, False)
-    into = load_operator(into_ptr, CHUNK, MODES, False)
-    outof = load_operator(outof_ptr, CHUNK, MODES, True)
-    if PLANES == 2:
-        plane = n_heads.to(tl.int64) * CHUNK
-        toeplitz_rest = load_toeplitz(taps_ptr + plane, CHUNK, False)
-        into_rest = load_operator(into_ptr + plane * (2 * MODES), CHUNK, MODES, False)
-        outof_rest = load_operator(outof_ptr + plane * (2 * MODES), CHUNK, MODES, True)
-    tap_exponent, into_exponent, outof_exponent = 0, 0, 0
-    if IS_SCALED:
-        tap_exponent = tl.load(exponents_ptr + channel * 3)
-        into_exponent = tl.load(exponents_ptr + channel * 3 + 1)
-        outof_exponent = tl.load(exponents_ptr + channel * 3 + 2)
-
-    cols, pairs = tl.arange(0, CHUNK), tl.arange(0, 2 * MODES)
-    u_ptr += channel.to(tl.int64) * u_stride_h
-    in_gate_ptr += channel.to(tl.int64) * in_stride_h
-    out_gate_ptr += channel.to(tl.int64) * out_stride_h
-    y_ptr += channel.to(tl.int64) * y_stride_h
-
-    carry_re = tl.zeros((SEQUENCES, MODES), tl.float32)
-    carry_im = tl.zeros((SEQUENCES, MODES), tl.float32)
-    # A tile's samples are read one tile ahead. Carried around the loop, they also enter the products from shared
-    # memory, where Triton would otherwise make them anew in the registers of every product.
-    sequence, start, mask = place_rows(first_group, 0, n_items > 0, batch, seqlen, CHUNK, ROWS, TILE, SEQUENCES)
-    x = load_rows(u_ptr, sequence, u_stride_b, start, mask, CHUNK)
-    if HAS_IN:
-        x *= load_rows(in_gate_ptr, sequence, in_stride_b, start, mask, CHUNK)
-    x, x_exponent = scaled_operand(x, into.dtype, IS_SCALED)
-    for item in tl.range(0, n_items, num_stages=1):
-        tile = item % n_tiles
-        group = first_group + item // n_tiles
-        sequence, start, mask = place_rows(group, tile, True, batch, seqlen, CHUNK, ROWS, TILE, SEQUENCES)
-        v = tl.dot(x, into, input_precision=PRECISION)
-        if PLANES == 2:
-            v = tl.dot(x, into_rest, v, input_precision=PRECISION)
-        if IS_SCALED:
-            v = v * two_to(-x_exponent) * two_to(-into_exponent)
-        v_re, v_im = tl.split(tl.reshape(v, (LANES, STEPS, MODES, 2)))
-
-        carried = group * SEQUENCES + tl.arange(0, SEQUENCES)
-        carry_at = (carried.to(tl.int64) * n_heads + channel)[:, None] * (2 * MODES) + pairs[None, :]
-        is_carried = (carried < batch)[:, None] & (pairs >= 0)[None, :]
-        carry_re, carry_im = tl.where(tile == 0, 0.0, carry_re), tl.where(tile == 0, 0.0, carry_im)
-        if HAS_INITIAL:
-            initial = tl.load(initial_ptr + carry_at, mask=is_carried & (tile == 0), other=0.0)
-            initial_re, initial_im = from_pairs(initial)
-            carry_re, carry_im = carry_re + initial_re, carry_im + initial_im
-        if SAVE_TILES > 0:
-            if tile % SAVE_TILES == 0:
-                cell = (carried.to(tl.int64) * n_heads + channel) * n_saved + tile // SAVE_TILES
-                at = saved_ptr + cell[:, None] * (2 * MODES) + pairs[None, :]
-                tl.store(at, to_pairs(carry_re, carry_im), mask=is_carried)
-        state_re, state_im, carry_re, carry_im = pass_states(
-            v_re, v_im, decay_re, decay_im, carry_re, carry_im, STEPS, SEQUENCES, SEGMENTS, False
-        )
-
-        state = tl.reshape(tl.join(state_re, state_im), (ROWS, 2 * MODES))
-        if WANTS_STATE:
-            if tile == n_whole // TILE:
-                at = state_ptr + ((sequence * n_heads + channel) * (2 * MODES))[:, None] + pairs[None, :]
-                is_end = (sequence < batch) & (start == n_whole * CHUNK)
-                tl.store(at, state, mask=is_end[:, None] & (pairs >= 0)[None, :])
-            if (tile + 1) * TILE == n_whole:
-                tl.store(state_ptr + carry_at, to_pairs(carry_re, carry_im), mask=is_carried)
-        state_exponent = 0
-        if IS_SCALED:
-            # One accumulator serves both products, so the states' scale stays within 2**16 of the samples' scale.
-            state_exponent = exponent_to_half(peak_of(state))
-            state_exponent = tl.minimum(state_exponent, x_exponent + tap_exponent - outof_exponent + 16)
-        state = to_operand(state, state_exponent, into.dtype, IS_SCALED)
-        next_item = item + 1
-        next_sequence, next_start, next_mask = place_rows(
-            first_group + next_item // n_tiles, next_item % n_tiles, next_item < n_items,
-            batch, seqlen, CHUNK, ROWS, TILE, SEQUENCES,
-        )  # fmt: skip
-        next_x = load_rows(u_ptr, next_sequence, u_stride_b, next_start, next_mask, CHUNK)
-        if HAS_IN:
-            next_x *= load_rows(in_gate_ptr, next_sequence, in_stride_b, next_start, next_mask, CHUNK)
-        if HAS_OUT:
-            out_gate = load_rows(out_gate_ptr, sequence, out_stride_b, start, mask, CHUNK)
-        acc = tl.dot(x, toeplitz, input_precision=PRECISION)
-        if PLANES == 2:
-            acc = tl.dot(x, toeplitz_rest, acc, input_precision=PRECISION)
-        if IS_SCALED:
-            acc *= two_to(tl.maximum(state_exponent + outof_exponent - x_exponent - tap_exponent, -120))
-        acc = tl.dot(state, outof, acc, input_precision=PRECISION)
-        if PLANES == 2:
-            acc = tl.dot(state, outof_rest, acc, input_precision=PRECISION)
-        if IS_SCALED:
-            acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
-        if HAS_OUT:
-            acc *= out_gate
-        tl.store(
-            y_ptr + (sequence * y_stride_b + start)[:, None] + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask
-        )
-        x, x_exponent = scaled_operand(next_x, into.dtype, IS_SCALED)

@@ -3,8 +3,10 @@
 A program walks the tiles of its sequences from the last to the first, with the geometry of the forward kernel. It makes
 the states of a tile again from the state that the forward pass saved before it, and passes the adjoint states back in
 the same way. Gradients of the channel's operators are summed in registers in a fixed order and reduced by a second
-kernel, so that two runs give the same bits.
+kernel (kernels_operators.py), so that two runs give the same bits.
 """
+
+# ruff: noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ import triton
 import triton.language as tl
 
 from hippos.ops.ssm_conv.kernels import (
-    complex_power,
     exponent_to_half,
     from_pairs,
     load_operator,
@@ -21,7 +22,6 @@ from hippos.ops.ssm_conv.kernels import (
     load_toeplitz,
     pass_states,
     peak_of,
-    phase_of,
     place_rows,
     scaled_operand,
     sum_steps,
@@ -45,7 +45,7 @@ def _convolve(
     x, toeplitz, state, outof, x_exponent, tap_exponent, state_exponent, outof_exponent,
     IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x @ toeplitz + state @ outof, unscaled, in one accumulator."""
+    """X @ toeplitz + state @ outof, unscaled, in one accumulator."""
     acc = tl.dot(x, toeplitz, input_precision=PRECISION)
     if IS_SCALED:
         acc *= two_to(tl.maximum(state_exponent + outof_exponent - x_exponent - tap_exponent, -120))
@@ -55,7 +55,7 @@ def _convolve(
 
 @triton.jit
 def _add_product(acc, left, right, left_exponent, right_exponent, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + left @ right; every tile has its own scale, so scaled products do not accumulate in place."""
+    """Add left @ right to acc; every tile has its own scale, so scaled products do not accumulate in place."""
     if IS_SCALED:
         product = tl.dot(left, right, input_precision=PRECISION)
         return acc + _unscaled(product, left_exponent, right_exponent, IS_SCALED)
@@ -74,7 +74,7 @@ def ssm_conv_bwd_kernel(
     IS_SCALED: tl.constexpr, PRECISION: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
     HAS_DSTATE: tl.constexpr, WANTS_DINITIAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one channel and some groups of sequences; dout, du, din_gate and dout_gate are contiguous (B, H, L)."""
+    """Gradients of one channel and some groups of sequences; dout and all outputs are contiguous (B, H, L)."""
     LANES: tl.constexpr = SEQUENCES * SEGMENTS
     ROWS: tl.constexpr = STEPS * LANES
     TILE: tl.constexpr = SEGMENTS * STEPS
@@ -138,7 +138,7 @@ def ssm_conv_bwd_kernel(
         v = _unscaled(tl.dot(x, into, input_precision=PRECISION), x_exponent, into_exponent, IS_SCALED)
         v_re, v_im = tl.split(tl.reshape(v, (LANES, STEPS, MODES, 2)))
         saved_at = saved_ptr + (carry_cell * n_tiles + tile)[:, None] * (2 * MODES) + pairs[None, :]
-        start_re, start_im = from_pairs(tl.load(saved_at, mask=is_carried, other=0.0))
+        start_re, start_im = from_pairs(tl.load(saved_at, mask=is_carried, other=0.0).to(tl.float32))
         state_re, state_im, _, _ = pass_states(
             v_re, v_im, decay_re, decay_im, start_re, start_im, STEPS, SEQUENCES, SEGMENTS, False
         )
@@ -218,84 +218,3 @@ def ssm_conv_bwd_kernel(
     tl.store(doutof_ptr + at, doutof)
     ddecay = to_pairs(tl.sum(ddecay_re, axis=0)[None, :], tl.sum(ddecay_im, axis=0)[None, :])
     tl.store(ddecay_ptr + program * (2 * MODES) + pairs[None, :], ddecay)
-
-
-@triton.jit
-def _store_parameter(ptr, channel, n_modes, re, im, MODES: tl.constexpr):
-    pairs = tl.arange(0, 2 * MODES)
-    at = ptr + channel.to(tl.int64) * (2 * n_modes) + pairs
-    tl.store(at[None, :], to_pairs(re, im), mask=(pairs < 2 * n_modes)[None, :])
-
-
-@triton.jit
-def chunk_operators_bwd_kernel(
-    log_a_ptr, b_ptr, c_ptr, dtoeplitz_ptr, dinto_ptr, doutof_ptr, ddecay_ptr,
-    dlog_a_ptr, db_ptr, dc_ptr, dd_ptr,
-    n_modes, splits,
-    CHUNK: tl.constexpr, MODES: tl.constexpr, HAS_D: tl.constexpr,
-):  # fmt: skip
-    """Sum one channel's operator gradients over its programs and carry them on to log_a, b, c and d."""
-    channel = tl.program_id(0)
-    times, pairs = tl.arange(0, CHUNK), tl.arange(0, 2 * MODES)
-    # Row lag of the skewed view holds the gradients of K[lag] at every input sample.
-    inside = times[:, None] + times[None, :] < CHUNK
-    skewed = times[None, :] * (CHUNK + 1) + times[:, None]
-    forwards = times[:, None] * (2 * MODES) + pairs[None, :]
-    backwards = (CHUNK - 1 - times)[:, None] * (2 * MODES) + pairs[None, :]
-    dtoeplitz = tl.zeros((CHUNK, CHUNK), tl.float32)
-    dinto = tl.zeros((CHUNK, 2 * MODES), tl.float32)
-    doutof = tl.zeros((CHUNK, 2 * MODES), tl.float32)
-    ddecay = tl.zeros((1, 2 * MODES), tl.float32)
-    for split in range(0, splits):
-        program = channel.to(tl.int64) * splits + split
-        dtoeplitz += tl.load(dtoeplitz_ptr + program * (CHUNK * CHUNK) + skewed, mask=inside, other=0.0)
-        dinto += tl.load(dinto_ptr + program * (2 * CHUNK * MODES) + backwards)
-        doutof += tl.load(doutof_ptr + program * (2 * CHUNK * MODES) + forwards)
-        ddecay += tl.load(ddecay_ptr + program * (2 * MODES) + pairs[None, :])
-    dtaps = tl.sum(dtoeplitz, axis=1)  # after the loop: Triton 3.6 fails to compile some loops that accumulate a tl.sum
-    dinto_re, dinto_im = from_pairs(dinto)
-    doutof_re, doutof_im = from_pairs(doutof)
-    ddecay_re, ddecay_im = from_pairs(ddecay)
-
-    log_re, log_im = load_parameter(log_a_ptr, channel, n_modes, MODES)
-    b_re, b_im = load_parameter(b_ptr, channel, n_modes, MODES)
-    c_re, c_im = load_parameter(c_ptr, channel, n_modes, MODES)
-    phase = phase_of(log_im)
-    a_re, a_im = complex_power(log_re, phase, tl.full((1, 1), 1, tl.int32))
-    decay_re, decay_im = complex_power(log_re, phase, tl.full((1, 1), CHUNK, tl.int32))
-    power_re, power_im = complex_power(log_re, phase, times[:, None])
-
-    # With p_k = a^k: into = b p_k, outof = (2 Re, -2 Im) c a p_k, taps = 2 Re c b p_k.
-    dout_re, dout_im, dtap = 2 * doutof_re, -2 * doutof_im, 2 * dtaps[:, None]
-    into_sum_re = tl.sum(dinto_re * power_re + dinto_im * power_im, axis=0, keep_dims=True)
-    into_sum_im = tl.sum(dinto_im * power_re - dinto_re * power_im, axis=0, keep_dims=True)
-    out_sum_re = tl.sum(dout_re * power_re + dout_im * power_im, axis=0, keep_dims=True)
-    out_sum_im = tl.sum(dout_im * power_re - dout_re * power_im, axis=0, keep_dims=True)
-    tap_sum_re, tap_sum_im = (
-        tl.sum(dtap * power_re, axis=0, keep_dims=True),
-        -tl.sum(dtap * power_im, axis=0, keep_dims=True),
-    )
-
-    db_re = into_sum_re + c_re * tap_sum_re + c_im * tap_sum_im
-    db_im = into_sum_im + c_re * tap_sum_im - c_im * tap_sum_re
-    dc_re = a_re * out_sum_re + a_im * out_sum_im + b_re * tap_sum_re + b_im * tap_sum_im
-    dc_im = a_re * out_sum_im - a_im * out_sum_re + b_re * tap_sum_im - b_im * tap_sum_re
-
-    ca_re, ca_im = c_re * a_re - c_im * a_im, c_re * a_im + c_im * a_re
-    cb_re, cb_im = c_re * b_re - c_im * b_im, c_re * b_im + c_im * b_re
-    dpower_re = b_re * dinto_re + b_im * dinto_im + ca_re * dout_re + ca_im * dout_im + cb_re * dtap
-    dpower_im = b_re * dinto_im - b_im * dinto_re + ca_re * dout_im - ca_im * dout_re - cb_im * dtap
-    count = times[:, None].to(tl.float32)
-    dlog_re = tl.sum(count * (power_re * dpower_re + power_im * dpower_im), axis=0, keep_dims=True)
-    dlog_im = tl.sum(count * (power_re * dpower_im - power_im * dpower_re), axis=0, keep_dims=True)
-    dlog_re += CHUNK * (decay_re * ddecay_re + decay_im * ddecay_im)
-    dlog_im += CHUNK * (decay_re * ddecay_im - decay_im * ddecay_re)
-    da_re, da_im = c_re * out_sum_re + c_im * out_sum_im, c_re * out_sum_im - c_im * out_sum_re
-    dlog_re += a_re * da_re + a_im * da_im
-    dlog_im += a_re * da_im - a_im * da_re
-
-    _store_parameter(dlog_a_ptr, channel, n_modes, dlog_re, dlog_im, MODES)
-    _store_parameter(db_ptr, channel, n_modes, db_re, db_im, MODES)
-    _store_parameter(dc_ptr, channel, n_modes, dc_re, dc_im, MODES)
-    if HAS_D:
-        tl.store(dd_ptr + channel, tl.sum(tl.where(times == 0, dtaps, 0.0), axis=0))

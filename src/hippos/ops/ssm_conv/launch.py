@@ -8,9 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from hippos.ops.ssm_conv.kernels import chunk_operators_kernel, ssm_conv_fwd_kernel
-from hippos.ops.ssm_conv.kernels_backward import chunk_operators_bwd_kernel, ssm_conv_bwd_kernel
-from hippos.ops.ssm_conv.schedule import Geometry, Schedule, backward_schedule, forward_schedule, place
+from hippos.ops.ssm_conv.chunked import Inputs
+from hippos.ops.ssm_conv.kernels_backward import ssm_conv_bwd_kernel
+from hippos.ops.ssm_conv.kernels_forward import ssm_conv_fwd_kernel
+from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel, chunk_operators_kernel
+from hippos.ops.ssm_conv.schedule import Schedule, backward_schedule, forward_schedule, place
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,14 @@ def make_chunk_operators(
         log_a, b, c, log_a if d is None else d,
         operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
         n_heads, n_modes,
-        CHUNK=chunk, MODES=modes, PLANES=planes, IS_SCALED=dtype == torch.float16, HAS_D=d is not None, num_warps=8,
+        CHUNK=chunk, MODES=modes, PLANES=planes, IS_SCALED=dtype == torch.float16, HAS_D=d is not None,
+        num_warps=4 if chunk * modes <= 2048 else 8,
     )  # fmt: skip
     return operators
 
 
 def ssm_conv_fwd(
-    u: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    in_gate: Tensor | None,
-    out_gate: Tensor | None,
-    initial_state: Tensor | None,
+    inputs: Inputs,
     *,
     wants_state: bool,
     saves_states: bool,
@@ -74,9 +70,10 @@ def ssm_conv_fwd(
     backward: Schedule | None = None,
     operators: ChunkOperators | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel; arguments as in `ssm_conv`, signals with a last stride of 1, the rest float32 contiguous.
+    """Run the forward kernel.
 
     Args:
+        inputs: As in `ssm_conv`; signals with a last stride of 1, the rest float32 and contiguous.
         wants_state: Return the state after the last whole chunk (otherwise an empty tensor).
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
@@ -86,13 +83,14 @@ def ssm_conv_fwd(
     Returns:
         y, shape (B, H, L), contiguous, dtype of ``u``; the state, shape (B, H, M, 2); the saved states.
     """
+    u, log_a, b, c, d, in_gate, out_gate, initial_state = inputs
     (batch, n_heads, seqlen), device = u.shape, u.device
     n_modes = log_a.shape[1]
     # float16 holds bfloat16's digits and three more, so scaled float16 products round less at no cost.
     operand = torch.float32 if u.dtype == torch.float32 else torch.float16
     is_scaled = operand == torch.float16
     schedule = schedule or forward_schedule(u.dtype, n_modes, device)
-    back = place(batch, seqlen, backward or backward_schedule(u.dtype, n_modes, device))
+    back = place(batch, seqlen, backward or backward_schedule(u.dtype, n_modes, batch, device))
     at = place(batch, seqlen, schedule, longest_span=back.span if saves_states and back.n_tiles > 1 else None)
     save_tiles = (back.span // at.span if back.n_tiles > 1 else at.n_tiles) if saves_states else 0
     modes = schedule.padded_modes(n_modes)
@@ -101,7 +99,8 @@ def ssm_conv_fwd(
     y = torch.empty(u.shape, dtype=u.dtype, device=device)
     state = torch.empty((batch, n_heads, modes, 2) if wants_state else (0,), device=device)
     n_saved = back.n_tiles if saves_states else 0
-    saved = torch.empty((batch, n_heads, n_saved, modes, 2) if saves_states else (0,), device=device)
+    saved_dtype = torch.bfloat16 if saves_states and u.dtype == torch.bfloat16 else torch.float32
+    saved = torch.empty((batch, n_heads, n_saved, modes, 2) if saves_states else (0,), dtype=saved_dtype, device=device)
     if batch == 0:
         return y, _drop_padding(state, n_modes), saved
     initial = None if initial_state is None else _pad_modes(initial_state, modes)
@@ -122,50 +121,36 @@ def ssm_conv_fwd(
     return y, _drop_padding(state, n_modes), saved
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients in the order of `ssm_conv`'s arguments; empty tensors stand for arguments that were left out."""
-
-    u: Tensor
-    log_a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    in_gate: Tensor
-    out_gate: Tensor
-    initial_state: Tensor
+# The gradients of u, log_a, b, c, d, in_gate, out_gate and initial_state; empty for what was left out.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def ssm_conv_bwd(
+    inputs: Inputs,
     dout: Tensor,
     dstate: Tensor | None,
     saved: Tensor,
-    u: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    in_gate: Tensor | None,
-    out_gate: Tensor | None,
     *,
-    wants_dinitial: bool,
     schedule: Schedule | None = None,
 ) -> Gradients:
-    """Run the backward kernels; ``saved`` comes from `ssm_conv_fwd`, the rest as there.
+    """Run the backward kernels.
 
     Args:
+        inputs: As in `ssm_conv_fwd`.
         dout: Gradient of y, shape (B, H, L), contiguous.
         dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B, H, M, 2), or None.
-        wants_dinitial: Return the gradient of the initial state.
-        schedule: Overrides the table; it must have the span that ``saved`` was made with.
+        saved: States from `ssm_conv_fwd`.
+        schedule: Overrides the table; it must be the one that ``saved`` was made for.
 
     Returns:
         The gradients.
     """
+    u, log_a, b, c, d, in_gate, out_gate, initial_state = inputs
+    wants_dinitial = initial_state is not None
     (batch, n_heads, seqlen), device = u.shape, u.device
     n_modes = log_a.shape[1]
     is_scaled = u.dtype == torch.float16
-    schedule = schedule or backward_schedule(u.dtype, n_modes, device)
+    schedule = schedule or backward_schedule(u.dtype, n_modes, batch, device)
     at = place(batch, seqlen, schedule)
     modes, chunk = schedule.padded_modes(n_modes), schedule.chunk
     operators = make_chunk_operators(log_a, b, c, d, replace(schedule, planes=1), u.dtype)
@@ -201,21 +186,13 @@ def ssm_conv_bwd(
         log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, splits if batch > 0 else 0,
         CHUNK=chunk, MODES=modes, HAS_D=d is not None, num_warps=8,
     )  # fmt: skip
-    return Gradients(du, dlog_a, db, dc, dd, din, dgate, _drop_padding(dinitial, n_modes))
+    return du, dlog_a, db, dc, dd, din, dgate, _drop_padding(dinitial, n_modes)
 
 
 def groups_per_program(n_heads: int, n_groups: int, programs: int) -> int:
     """How many groups of sequences a program works on, so that about ``programs`` programs share the work."""
     splits = max(1, min(n_groups, triton.cdiv(programs, n_heads)))
     return max(1, triton.cdiv(n_groups, splits))
-
-
-def saved_shape(u: Tensor, n_modes: int) -> tuple[int, int, int, int, int]:
-    """Shape of the states that the forward pass of ``u`` saves for the backward pass."""
-    schedule = backward_schedule(u.dtype, n_modes, u.device)
-    batch, n_heads, seqlen = u.shape
-    at: Geometry = place(int(batch), int(seqlen), schedule)
-    return batch, n_heads, at.n_tiles, schedule.padded_modes(n_modes), 2
 
 
 def _like(gate: Tensor | None, u: Tensor) -> Tensor:

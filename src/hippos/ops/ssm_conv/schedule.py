@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+from torch import Tensor
 
-MAX_MODES = 64
+MAX_STEPS = 4  # the kernels scan by fours: steps, then lanes, then fours of lanes
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def place(batch: int, seqlen: int, schedule: Schedule, *, longest_span: int | No
     longest = next_power_of_two(n_chunks)
     if longest_span is not None:
         longest = min(longest, longest_span // schedule.chunk)
-    steps = min(schedule.rows // schedule.lanes, longest, 4)  # the kernels scan by fours
+    steps = min(schedule.rows // schedule.lanes, longest, MAX_STEPS)
     lanes = schedule.rows // steps
-    segments = min(lanes // min(lanes, next_power_of_two(batch)), max(1, longest // steps), 16)
+    segments = min(lanes // min(lanes, next_power_of_two(batch)), max(1, longest // steps), MAX_STEPS**2)
     sequences = lanes // segments
     span = schedule.chunk * steps * segments
     return Geometry(steps, sequences, segments, span, -(-seqlen // span), -(-batch // sequences))
@@ -87,27 +87,38 @@ def place(batch: int, seqlen: int, schedule: Schedule, *, longest_span: int | No
 
 def forward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
     """The forward kernel's sizes for a dtype, a number of modes and a device."""
-    if device.type != "cuda":
-        return Schedule(chunk=16, rows=16, lanes=4, planes=2 if dtype == torch.float16 else 1)
+    planes = 2 if dtype == torch.float16 else 1
+    if device.type != "cuda":  # the interpreter
+        return Schedule(chunk=16, rows=16, lanes=4, planes=planes)
     if dtype == torch.float32:
-        return Schedule(chunk=64, rows=64, lanes=16)
-    if dtype == torch.float16:
-        return Schedule(chunk=64, rows=64, lanes=16, planes=2)
-    return Schedule(chunk=128 if _has_large_shared_memory(device) else 64, rows=64, lanes=16)
+        return Schedule(chunk=32, rows=64, lanes=16)
+    if n_modes > 32:
+        return Schedule(chunk=32 if planes == 2 else 64, rows=64, lanes=16, planes=planes)
+    # 168 registers let three programs share a multiprocessor.
+    return Schedule(chunk=64, rows=64, lanes=16, planes=planes, programs=1536, max_registers=168)
 
 
-def backward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
-    """The backward kernel's sizes for a dtype, a number of modes and a device."""
+def backward_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torch.device) -> Schedule:
+    """The backward kernel's sizes; its chunk divides the forward kernel's."""
     if device.type != "cuda":
         return Schedule(chunk=16, rows=16, lanes=4)
-    if dtype == torch.float32:
-        return Schedule(chunk=32, rows=64, lanes=16, num_warps=8)
-    return Schedule(chunk=64, rows=64, lanes=16, num_warps=8)
+    if dtype == torch.float32 or n_modes > 32:
+        return Schedule(chunk=32, rows=64, lanes=16, programs=768)
+    if 8 <= batch < 16 and dtype == torch.bfloat16:  # a larger tile holds eight sequences without splitting many
+        return Schedule(chunk=64, rows=128, lanes=32, num_warps=8, programs=768)
+    return Schedule(chunk=64, rows=64, lanes=16, programs=768)
 
 
-@lru_cache
-def _has_large_shared_memory(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024
+def most_modes(dtype: torch.dtype) -> int:
+    """The largest number of modes whose operators fit into shared memory."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def saved_shape(u: Tensor, n_modes: int) -> tuple[int, int, int, int, int]:
+    """Shape of the states that the forward pass of ``u`` saves for the backward pass."""
+    batch, n_heads, seqlen = u.shape
+    at = place(int(batch), int(seqlen), backward_schedule(u.dtype, n_modes, int(batch), u.device))
+    return batch, n_heads, at.n_tiles, Schedule.padded_modes(n_modes), 2
 
 
 def next_power_of_two(number: int) -> int:

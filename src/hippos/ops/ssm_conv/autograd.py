@@ -1,0 +1,187 @@
+"""The Triton kernels of `ssm_conv` as torch.library operators: one node for compilers, with their own gradient."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+from hippos.ops.ssm_conv.chunked import Inputs
+from hippos.ops.ssm_conv.chunked_op import ssm_conv_torch
+from hippos.ops.ssm_conv.kernel_fallback import backward_without_kernels, forward_without_kernels, none
+from hippos.ops.ssm_conv.schedule import forward_schedule, most_modes, saved_shape
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its programs in its interpreter on the CPU, as the tests without a GPU ask it to."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(u: Tensor, log_a: Tensor, bounds: object, gates: tuple[Tensor | None, ...] = ()) -> str | None:
+    """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
+    if u.device.type != "cuda" and not is_interpreted():
+        return f"it needs CUDA tensors, got {u.device.type}"
+    if any(signal is not None and signal.dtype not in KERNEL_DTYPES for signal in (u, *gates)):
+        return "it takes float16, bfloat16 and float32 signals, not float64"
+    if bounds is not None:
+        return "it does not take packed documents (cu_seqlens)"
+    if log_a.shape[1] > most_modes(u.dtype):
+        return f"it takes up to {most_modes(u.dtype)} modes in {u.dtype}, got {log_a.shape[1]}"
+    if u.shape[-1] >= 2**31 - 2**16:
+        return f"it takes sequences shorter than 2**31 - 2**16 samples, got {u.shape[-1]}"
+    return None
+
+
+def ssm_conv_triton(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in `ssm_conv`, checked by the caller and by `why_not_triton`.
+
+    Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
+
+    Returns:
+        y and the final states; without ``return_state`` the second is an empty tensor.
+    """
+    u = _with_unit_stride(u)
+    in_gate, out_gate = (None if gate is None else _with_unit_stride(gate) for gate in (in_gate, out_gate))
+    log_a, b, c = (parameter.float().contiguous() for parameter in (log_a, b, c))
+    d, initial_state = (None if x is None else x.float().contiguous() for x in (d, initial_state))
+    tensors = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, state, _ = ssm_conv_kernel_op(*tensors, return_state, saves_states)
+    rest = u.shape[-1] % forward_schedule(u.dtype, log_a.shape[1], u.device).chunk
+    if return_state and rest > 0:
+        # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
+        gate = None if in_gate is None else in_gate[..., -rest:]
+        _, state = ssm_conv_torch(u[..., -rest:], log_a, b, c, d, gate, None, state, None, True)
+    return y, state
+
+
+def _with_unit_stride(signal: Tensor) -> Tensor:
+    return signal if signal.stride(-1) == 1 else signal.contiguous()
+
+
+@torch.library.custom_op("hippos::ssm_conv_kernel", mutates_args=())
+def ssm_conv_kernel_op(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    saves_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the state after the last whole chunk (or empty), the states that the backward pass starts from (or empty)."""
+    inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    if u.device.type != "cuda" and not is_interpreted():
+        y, state = forward_without_kernels(inputs, return_state)
+        return y, state, u.new_zeros(saved_shape(u, log_a.shape[1]), dtype=_saved_dtype(u)) if saves_states else none(u)
+    from hippos.ops.ssm_conv.launch import ssm_conv_fwd
+
+    return ssm_conv_fwd(inputs, wants_state=return_state, saves_states=saves_states)
+
+
+@ssm_conv_kernel_op.register_fake
+def _forward_shapes(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    saves_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = u.new_empty((u.shape[0], *log_a.shape), dtype=torch.float32) if return_state else none(u)
+    saved = u.new_empty(saved_shape(u, log_a.shape[1]), dtype=_saved_dtype(u)) if saves_states else none(u)
+    return u.new_empty(u.shape), state, saved
+
+
+@torch.library.custom_op("hippos::ssm_conv_kernel_backward", mutates_args=())
+def ssm_conv_kernel_backward_op(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    dout: Tensor,
+    dstate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the eight input tensors; those of absent ones are empty."""
+    inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    if u.device.type != "cuda" and not is_interpreted():
+        return backward_without_kernels(inputs, dout, dstate)
+    from hippos.ops.ssm_conv.launch import ssm_conv_bwd
+
+    return ssm_conv_bwd(inputs, dout.contiguous(), dstate, saved)
+
+
+@ssm_conv_kernel_backward_op.register_fake
+def _backward_shapes(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    dout: Tensor,
+    dstate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    return tuple(none(u) if x is None else x.new_empty(x.shape) for x in inputs)  # type: ignore[return-value]
+
+
+def _saved_dtype(u: Tensor) -> torch.dtype:
+    """bfloat16 where the products round states to it anyway, float32 elsewhere."""
+    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _ = inputs
+    _, state, saved = output
+    ctx.save_for_backward(*tensors, saved)
+    ctx.mark_non_differentiable(*((saved,) if state.numel() else (state, saved)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None and dstate is None:
+        return (None,) * 10
+    u = ctx.saved_tensors[0]
+    dout = torch.zeros_like(u, memory_format=torch.contiguous_format) if dout is None else dout
+    gradients = ssm_conv_kernel_backward_op(*ctx.saved_tensors, dout, dstate)
+    needed = ctx.needs_input_grad[:8]
+    return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), None, None)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise UnsupportedError("ssm_conv has no second derivative with impl='triton'; impl='reference' has")
+
+
+ssm_conv_kernel_op.register_autograd(_backward, setup_context=_save)
+ssm_conv_kernel_backward_op.register_autograd(_refuse_second_derivative)

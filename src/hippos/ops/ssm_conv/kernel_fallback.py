@@ -1,0 +1,79 @@
+"""What the kernels' operators compute on a device that has no kernels: the same tensors, by batched products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, ssm_conv_chunked
+from hippos.ops.ssm_conv.chunked_adjoint import ssm_conv_chunked_adjoint
+from hippos.ops.ssm_conv.schedule import forward_schedule
+
+SIGNALS = ("u", "in_gate", "out_gate")
+
+
+def forward_without_kernels(inputs: Inputs, return_state: bool) -> tuple[Tensor, Tensor]:
+    """y, and the state after the last whole chunk of the kernels, or an empty tensor."""
+    u, log_a = inputs.u, inputs.log_a
+    y = _run(inputs, False)[0]
+    if not return_state:
+        return y, none(u)
+    whole = _whole_samples(inputs)
+    if whole > 0:
+        return y, _run(_cut(inputs, whole), True)[1]
+    if inputs.initial_state is not None:
+        return y, inputs.initial_state.clone()
+    return y, u.new_zeros((u.shape[0], *log_a.shape), dtype=torch.float32)
+
+
+def backward_without_kernels(
+    inputs: Inputs, dout: Tensor, dstate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the eight input tensors; those of absent ones are empty."""
+    gradients = list(_adjoint(inputs, dout, None))
+    whole = _whole_samples(inputs)
+    if dstate is not None and whole > 0:
+        cut = _cut(inputs, whole)
+        rest = inputs.u.shape[-1] - whole
+        more = Inputs(*_adjoint(cut, torch.zeros_like(cut.u), dstate))  # type: ignore[arg-type]
+        signals = {name: getattr(more, name) for name in SIGNALS}
+        padded = {name: None if x is None else torch.nn.functional.pad(x, (0, rest)) for name, x in signals.items()}
+        more = more._replace(**padded)  # type: ignore[arg-type]
+        gradients = [_sum(*both) for both in zip(gradients, more, strict=True)]
+    elif dstate is not None and inputs.initial_state is not None:
+        gradients[-1] = _sum(gradients[-1], dstate)
+    return tuple(none(dout) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+def _sum(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return gradient if more is None else more if gradient is None else gradient + more
+
+
+def none(like: Tensor) -> Tensor:
+    """The empty tensor that stands for a result that does not exist."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _run(inputs: Inputs, return_state: bool) -> tuple[Tensor, Tensor]:
+    chunk_len = choose_chunk_len(inputs.u.shape[0], inputs.u.shape[-1])
+    outputs = ssm_conv_chunked(inputs, None, return_state=return_state, chunk_len=chunk_len)
+    return outputs.y, none(inputs.u) if outputs.state is None else outputs.state
+
+
+def _adjoint(inputs: Inputs, dout: Tensor, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+    chunk_len = choose_chunk_len(inputs.u.shape[0], inputs.u.shape[-1])
+    outputs = ssm_conv_chunked(inputs, None, return_state=False, chunk_len=chunk_len)
+    return ssm_conv_chunked_adjoint(
+        inputs, outputs.entering, outputs.ungated, None, dout, dstate, chunk_len=chunk_len, with_parameters=True
+    )
+
+
+def _whole_samples(inputs: Inputs) -> int:
+    chunk = forward_schedule(inputs.u.dtype, inputs.log_a.shape[1], inputs.u.device).chunk
+    return inputs.u.shape[-1] // chunk * chunk
+
+
+def _cut(inputs: Inputs, length: int) -> Inputs:
+    signals = {name: getattr(inputs, name) for name in SIGNALS}
+    cut = {name: None if x is None else x[..., :length] for name, x in signals.items()}
+    return inputs._replace(**cut)  # type: ignore[arg-type]
