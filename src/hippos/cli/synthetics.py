@@ -1,0 +1,113 @@
+"""``hippos synthetics``: the table of the synthetic languages, which shows what H3 recalls and other SSMs do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hippos.cli.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from hippos.experiments.synthetics import Study
+
+
+def synthetics(
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Row of the table; may be given again.", show_default="h3, s4d, gss, attention"
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Column of the table; may be given again.", show_default="the paper's three"),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="Seeds a cell.", show_default="3, or 1 with --quick")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="H3, S4D and attention in minutes: a shorter training of its own.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Passes over the data.", show_default="the published recipe's")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the results.", show_default="runs/synthetics[-quick]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda|cpu", help="Where to train.", show_default="cuda if there is one")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes on a CPU.", show_default="one a core")
+    ] = None,
+    list_names: Annotated[bool, typer.Option("--list", help="List mixers and tasks and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
+) -> None:
+    """Train small models on languages that need recall, and compare what mixes their tokens.
+
+    What DIR holds already is not computed again, so a table that was stopped goes on where it was.
+
+    Example:
+        hippos synthetics --quick
+        hippos synthetics --mixer h3 --mixer s4 --task induction_head --out runs/s4
+    """
+    import json
+
+    from hippos.experiments.synthetics import make_study, run_study, summarise, to_markdown, write_figures, write_pages
+
+    if list_names:
+        _list_names(quick)
+        return
+    study = make_study(mixers=mixer, tasks=task, seeds=seeds, quick=quick, epochs=epochs)
+    folder = out or Path("runs") / ("synthetics-quick" if quick else "synthetics")
+    quiet_transformers()
+    with _progress(study, is_quiet=as_json) as progress:
+        results = run_study(study, folder, device=device, jobs=jobs, progress=progress)
+    paths = [*write_pages(results, folder), *write_figures(results, folder)]
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "cells": summarise(results)}, indent=1))
+        return
+    typer.echo(to_markdown(results))
+    typer.echo("\n".join(f"wrote {path}" for path in paths), err=True)
+
+
+def _list_names(quick: bool) -> None:
+    from hippos.experiments.synthetics import MIXERS, QUICK_TASKS, TASKS
+
+    typer.echo("mixers:")
+    for name, row in MIXERS.items():
+        typer.echo(f"  {name:<22} {row.title}")
+    typer.echo("tasks:")
+    for name, column in (QUICK_TASKS if quick else TASKS).items():
+        typer.echo(f"  {name:<22} {column.title}, {column.training.epochs} epochs")
+
+
+@contextmanager
+def _progress(study: Study, *, is_quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """A bar over the steps of all cells with the time left on a terminal, a line for each finished cell elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True)
+    steps = {cell.name: cell.task.n_steps for cell in study.cells}
+    done = dict.fromkeys(steps, 0)
+    ended: set[str] = set()
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(
+        *columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("", total=sum(steps.values()))
+
+        def report(name: str, n_steps: int) -> None:
+            done[name] = steps[name] if n_steps < 0 else n_steps
+            if n_steps < 0 and name not in ended:
+                ended.add(name)
+                bar.console.print(f"{name} is done ({len(ended)} of {len(steps)})", markup=False)
+            bar.update(task, completed=sum(done.values()), description=f"{len(ended)} of {len(steps)} cells")
+
+        yield report

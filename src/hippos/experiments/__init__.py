@@ -1,0 +1,1 @@
+"""The studies: the same comparison, made by anyone with one command."""

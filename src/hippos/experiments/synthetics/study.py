@@ -1,0 +1,302 @@
+"""A whole table: which cells it has, the folder that holds their results, and how they are computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+
+from hippos.bench.harness.machine import available_cores, describe_machine
+from hippos.errors import ConfigError
+from hippos.experiments.synthetics.models import MIXERS, PUBLISHED, ModelSize, find_mixer
+from hippos.experiments.synthetics.recipes import PUBLISHED as PUBLISHED_TASKS
+from hippos.experiments.synthetics.recipes import QUICK_MIXERS, QUICK_TASKS, TASKS, TableTask, find_task
+from hippos.experiments.synthetics.training import CellTraining
+from hippos.train.checkpoints import write_atomically
+
+__all__ = ["Cell", "Progress", "Study", "make_study", "read_results", "run_study"]
+
+CELLS_FOLDER = "cells"
+_FORMAT = 1
+_POLL_S = 0.2
+
+Progress = Callable[[str, int], None]
+"""Told a cell's name and how many of its steps are done."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table and everything that decides its numbers.
+
+    Args:
+        mixers: Rows.
+        tasks: Columns.
+        seeds: Seeds of every cell, different from each other.
+        size: Size of every model.
+
+    Raises:
+        ConfigError: If a row is unknown, or something is missing or twice there.
+    """
+
+    mixers: tuple[str, ...]
+    tasks: tuple[TableTask, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    size: ModelSize = field(default_factory=ModelSize)
+
+    def __post_init__(self) -> None:
+        for mixer in self.mixers:
+            find_mixer(mixer)
+        for what, values in (
+            ("mixers", self.mixers),
+            ("tasks", tuple(task.name for task in self.tasks)),
+            ("seeds", self.seeds),
+        ):
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(f"{what} must be one or more, each once, got {', '.join(map(str, values)) or 'none'}")
+        if min(self.seeds) < 0:
+            raise ConfigError(f"seeds must be at least 0, got {min(self.seeds)}")
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, task after task."""
+        return tuple(Cell(mixer, task, self.seeds, self.size) for task in self.tasks for mixer in self.mixers)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One mixer on one language, all seeds.
+
+    Args:
+        mixer: The row.
+        task: The column.
+        seeds: The seeds.
+        size: Size of the models.
+    """
+
+    mixer: str
+    task: TableTask
+    seeds: tuple[int, ...]
+    size: ModelSize
+
+    @property
+    def name(self) -> str:
+        """Name of its file, without ending."""
+        return f"{self.task.name}-{self.mixer}"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides its numbers, as JSON would give it back."""
+        row = MIXERS[self.mixer]
+        settings = {
+            "mixer": {"name": self.mixer, "changes": row.changes, "attention": row.attention},
+            "task": self.task.settings(),
+            "seeds": self.seeds,
+            "model": asdict(self.size),
+        }
+        return dict(json.loads(json.dumps(settings)))
+
+
+def make_study(
+    *,
+    mixers: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    seeds: int | None = None,
+    quick: bool = False,
+    epochs: int | None = None,
+) -> Study:
+    """Make the table that a user asks for.
+
+    Args:
+        mixers: Rows; None for those of the published table.
+        tasks: Columns; None for those of the published table.
+        seeds: How many seeds, counted from 0; None for three, or one of a quick table.
+        quick: The quick table's rows, columns and training.
+        epochs: Passes over the training set, in place of the recipe's; its warm-up keeps its share.
+
+    Raises:
+        ConfigError: If a name is unknown (the message gives the nearest) or a number out of range.
+    """
+    known = QUICK_TASKS if quick else TASKS
+    chosen = [find_task(name, known) for name in tasks or (QUICK_TASKS if quick else PUBLISHED_TASKS)]
+    if epochs is not None:
+        chosen = [_with_epochs(task, epochs) for task in chosen]
+    n_seeds = (1 if quick else 3) if seeds is None else seeds
+    if n_seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {n_seeds}")
+    return Study(tuple(mixers or (QUICK_MIXERS if quick else PUBLISHED)), tuple(chosen), tuple(range(n_seeds)))
+
+
+def _with_epochs(task: TableTask, epochs: int) -> TableTask:
+    if epochs < 1:
+        raise ConfigError(f"epochs must be at least 1, got {epochs}")
+    training = task.training
+    warmup = round(epochs * training.warmup_epochs / training.epochs)
+    return replace(task, training=replace(training, epochs=epochs, warmup_epochs=warmup))
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    device: str | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Compute the cells that a folder does not hold yet.
+
+    Each cell's result is written when the cell ends, atomically: what was stopped goes on with the cells that are
+    missing. On a CUDA device all cells run side by side in one process; elsewhere each process runs one at a time.
+
+    Args:
+        study: The table.
+        out: The folder; made if missing.
+        device: "cuda" or "cpu"; None for a CUDA device where there is one.
+        jobs: Processes on a CPU; None for one a core.
+        progress: Told of every cell's steps.
+
+    Returns:
+        The results of all the study's cells by their names.
+
+    Raises:
+        ConfigError: If the folder holds results of other settings, or the device is unknown.
+    """
+    place = _find_device(device)
+    done = check_folder(study, out)
+    report = progress or (lambda name, steps: None)
+    missing = [cell for cell in study.cells if cell.name not in done]
+    for name in done:
+        report(name, -1)
+    if missing:
+        (out / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
+    if place.type == "cuda":
+        _run_side_by_side(missing, out, place, report)
+    else:
+        n_jobs = min(jobs or available_cores(), len(missing))
+        if n_jobs > 1:
+            _run_in_processes(missing, out, n_jobs, report)
+        else:
+            for cell in missing:
+                _exhaust(_compute(cell, out, place), cell.name, report)
+    return check_folder(study, out)
+
+
+def _find_device(device: str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cuda", "cpu"):
+        raise ConfigError(f"device must be cuda or cpu, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but PyTorch finds none")
+    return torch.device(device)
+
+
+def check_folder(study: Study, out: Path) -> dict[str, dict[str, Any]]:
+    """Give the results of the study's cells that a folder holds.
+
+    Raises:
+        ConfigError: If a cell's result comes from other settings than the study's, or cannot be read.
+    """
+    found = {}
+    wanted = {cell.name: cell for cell in study.cells}
+    seeds, size = list(study.seeds), asdict(study.size)
+    for name, result in read_results(out).items():
+        settings = wanted[name].settings() if name in wanted else {"seeds": seeds, "model": size}
+        for where, old, new in _differences(result["settings"], settings):
+            raise ConfigError(
+                f"{out} holds results of other settings: {name} has {where} = {old}, now {new}; choose another folder"
+            )
+        if name in wanted:
+            found[name] = result
+    return found
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What is in ``new`` and otherwise in ``old``: where, the old value, the new one."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        for key, value in new.items():
+            yield from _differences(old.get(key), value, f"{where}.{key}" if where else key)
+    elif old != new:
+        yield where, old, new
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]]:
+    """Read every cell's result in a folder, by the cells' names.
+
+    Raises:
+        ConfigError: If a file is none of ours, or damaged.
+    """
+    results = {}
+    for path in sorted((out / CELLS_FOLDER).glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if result["format"] != _FORMAT or not {"settings", "seeds", "curve"} <= set(result):
+                raise ValueError(f"format {result['format']!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no result of this version: {error}; remove it to compute it again") from error
+        results[path.stem] = result
+    return results
+
+
+def _compute(cell: Cell, out: Path, device: torch.device) -> Iterator[int]:
+    """Compute a cell and write its file, giving the steps done."""
+    training = CellTraining(cell.mixer, cell.task, cell.seeds, cell.size, device)
+    yield from training.advance()
+    content = {
+        "format": _FORMAT,
+        "mixer": cell.mixer,
+        "task": cell.task.name,
+        "settings": cell.settings(),
+        "machine": asdict(describe_machine(device)),
+        **training.result(),
+    }
+    write_atomically(out / CELLS_FOLDER / f"{cell.name}.json", json.dumps(content) + "\n")
+
+
+def _exhaust(steps: Iterator[int], name: str, report: Progress) -> None:
+    for done in steps:
+        report(name, done)
+    report(name, -1)
+
+
+def _run_side_by_side(cells: Sequence[Cell], out: Path, device: torch.device, report: Progress) -> None:
+    """Turn from cell to cell, each of which leaves the device with work until its next test."""
+    running = {cell.name: _compute(cell, out, device) for cell in cells}
+    while running:
+        for name, steps in list(running.items()):
+            done = next(steps, None)
+            report(name, -1 if done is None else done)
+            if done is None:
+                del running[name]
+
+
+def _run_in_processes(cells: Sequence[Cell], out: Path, n_jobs: int, report: Progress) -> None:
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(n_jobs, mp_context=context) as pool:
+        queue = manager.Queue()
+        n_threads = max(1, available_cores() // n_jobs)
+        futures = [pool.submit(_work, cell, out, n_threads, queue) for cell in cells]
+        try:
+            while not all(future.done() for future in futures) or not queue.empty():
+                try:
+                    report(*queue.get(timeout=_POLL_S))
+                except Empty:
+                    continue
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in context.active_children() if hasattr(context, "active_children") else ():
+                process.terminate()
+            raise
+
+
+def _work(cell: Cell, out: Path, n_threads: int, queue: Any) -> None:
+    """Compute one cell in a process of its own."""
+    torch.set_num_threads(n_threads)
+    _exhaust(_compute(cell, out, torch.device("cpu")), cell.name, lambda name, steps: queue.put((name, steps)))
