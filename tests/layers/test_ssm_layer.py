@@ -264,6 +264,22 @@ class TestModule:
         assert type(layer).__name__ in repr(layer)
 
 
+class TestCompiled:
+    @pytest.mark.parametrize("name", ["s4d", "s4-legt", "dss-softmax", "gss"])
+    def test_one_graph(self, generator, name):
+        layer = make_layer(name)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        u = tokens(generator, 2, 9)
+        y, wanted = compiled(u), layer(u)
+        torch.testing.assert_close(y, wanted)
+        grads = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        torch.testing.assert_close(grads, torch.autograd.grad(wanted.square().sum(), list(layer.parameters())))
+        state, wanted_state = layer.init_state(2), layer.init_state(2)
+        step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(step(u[:, 0], state), layer.step(u[:, 0], wanted_state))
+        torch.testing.assert_close(state, wanted_state)
+
+
 class TestErrors:
     @EACH
     def test_bad_input(self, name):
