@@ -104,21 +104,25 @@ def _is_smooth(n: int) -> bool:
     return n == 1
 
 
-def _make_inputs(size: ConvSize, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
-    """An S4D-Lin SSM with steps spread over [1e-3, 1e-1], as a fresh H3 layer has it, and normal inputs."""
+def draw_ssm(n_heads: int, n_modes: int, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_a, b, c, d of an S4D-Lin SSM with steps spread over [1e-3, 1e-1], as a fresh H3 layer has it."""
     generator, device = context.generator(), context.device
-    modes = torch.arange(size.n_modes, device=device, dtype=torch.float32)
-    A = torch.stack((torch.full_like(modes, -0.5), math.pi * modes), dim=-1).expand(size.n_heads, -1, -1)
-    spread = torch.rand(size.n_heads, generator=generator, device=device)
+    modes = torch.arange(n_modes, device=device, dtype=torch.float32)
+    A = torch.stack((torch.full_like(modes, -0.5), math.pi * modes), dim=-1).expand(n_heads, -1, -1)
+    spread = torch.rand(n_heads, generator=generator, device=device)
     dt = torch.exp(math.log(1e-3) + spread * math.log(1e2))
-    log_a, b = discretise(
-        A.contiguous(), torch.stack((torch.ones_like(A[..., 0]), torch.zeros_like(A[..., 0])), -1), dt
-    )
-    c = torch.randn(size.n_heads, size.n_modes, 2, generator=generator, device=device)
-    d = torch.randn(size.n_heads, generator=generator, device=device)
+    B = torch.stack((torch.ones_like(A[..., 0]), torch.zeros_like(A[..., 0])), -1)
+    log_a, b = discretise(A.contiguous(), B, dt)
+    c = torch.randn(n_heads, n_modes, 2, generator=generator, device=device)
+    return log_a.detach(), b.detach(), c, torch.randn(n_heads, generator=generator, device=device)
+
+
+def _make_inputs(size: ConvSize, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A fresh SSM and normal inputs."""
+    generator, device = context.generator(), context.device
     shape, dtype = (size.batch, size.n_heads, size.seqlen), getattr(torch, size.dtype)
     u, dout = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
-    return tuple(tensor.detach().requires_grad_() for tensor in (u, log_a, b, c, d)), dout
+    return tuple(x.requires_grad_() for x in (u, *draw_ssm(size.n_heads, size.n_modes, context))), dout
 
 
 def _both_passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> Method:
