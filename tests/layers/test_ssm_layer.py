@@ -265,7 +265,10 @@ class TestModule:
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("name", ["s4d", "s4-legt", "dss-softmax", "gss"])
+    @pytest.mark.parametrize(
+        "name",
+        ["s4-legt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("s4d", "dss-softmax", "gss"))],
+    )
     def test_one_graph(self, generator, name):
         layer = make_layer(name)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
