@@ -32,6 +32,12 @@ def test_settings_change_their_fields_only(tiny: TrainConfig) -> None:
     assert tiny.optim.steps == 12, "the original is untouched"
 
 
+def test_settings_are_checked_together(tiny: TrainConfig) -> None:
+    # Each order passes through a state that would be refused on its own.
+    for settings in (["num_hidden_layers=1", "attn_layers=0"], ["batch_size=9", "micro_batch_size=3"]):
+        assert apply_settings(tiny, settings) == apply_settings(tiny, settings[::-1])
+
+
 def test_later_settings_win(tiny: TrainConfig) -> None:
     assert apply_settings(tiny, ["steps=1", "steps=2"]).optim.steps == 2
 

@@ -119,7 +119,14 @@ def score_packed(
     reset_at_documents: bool = False,
     on_progress: Callable[[int], object] | None = None,
 ) -> TextScore:
-    """Score a packed corpus; see `token_nll` for windows and strides."""
+    """Score a packed corpus; see `token_nll` for windows and strides.
+
+    Raises:
+        TokenizerError: If the text has ids that the model does not have.
+    """
+    largest, vocab_size = int(packed.tokens.max()), model.config.vocab_size
+    if largest >= vocab_size:
+        raise TokenizerError(f"the tokenizer makes ids up to {largest}, but the model has only {vocab_size} tokens")
     nll_sum = token_nll(
         model,
         packed.tokens,
@@ -149,11 +156,6 @@ def score_text(
         TokenizerError: If the tokenizer makes ids that the model does not have.
     """
     packed = pack_in_memory(documents, tokenizer)
-    largest = int(packed.tokens.max())
-    if largest >= model.config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer makes ids up to {largest}, but the model has only {model.config.vocab_size} tokens"
-        )
     return score_packed(model, packed, window=window, stride=stride, batch_size=batch_size, on_progress=on_progress)
 
 

@@ -33,19 +33,25 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         ConfigError: If a text has no ``=``, a key is unknown (the message gives the nearest) or ambiguous, or a value
             does not parse.
     """
+    wanted: dict[str, dict[str, Any]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set wants key=value, got {setting!r}")
         section, name, annotation = _find(key.strip())
         value = parse_value(text.strip(), annotation, name=f"{section}.{name}")
-        part = getattr(config, section)
-        if section == "model" and name != "preset":
-            part = replace(part, changes={**part.changes, name: value})
-        else:
-            part = replace(part, **{name: value})
-        config = replace(config, **{section: part})
-    return config
+        wanted.setdefault(section, {})[name] = value
+    # All at once: one setting alone may contradict what the next one changes.
+    return replace(
+        config, **{section: _changed(getattr(config, section), values) for section, values in wanted.items()}
+    )
+
+
+def _changed(part: Any, values: dict[str, Any]) -> Any:
+    if isinstance(part, ModelConfig):
+        preset = values.pop("preset", part.preset)
+        return ModelConfig(preset, {**part.changes, **values})
+    return replace(part, **values)
 
 
 def known_settings() -> dict[str, Any]:
