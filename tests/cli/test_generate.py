@@ -116,12 +116,6 @@ def test_usage_errors(run, args, stdin, words):
     assert words in " ".join(result.stderr.replace("\u2502", " ").split())
 
 
-def test_missing_model_is_one_plain_line(hippos):
-    done = hippos("generate", "./no/such/model", "--prompt", "a")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "hippos: error: no model folder ./no/such/model\n"
-
-
 def test_missing_weights_are_one_plain_line(hippos, folder, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
