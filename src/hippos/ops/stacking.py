@@ -14,13 +14,17 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 
-def stack_as_channels(op: CustomOpDef, inputs: Sequence[int | None], outputs: Sequence[int]) -> None:
+def stack_as_channels(
+    op: CustomOpDef, inputs: Sequence[int | None], outputs: Sequence[int], *, saves: int | None = None
+) -> None:
     """Register for `torch.vmap` that an operator acts on each channel alone.
 
     Args:
         op: The operator.
         inputs: For each argument, the axis of its channels; None for arguments that are no tensors.
         outputs: For each result, the axis of its channels. A result without elements has none and stays as it is.
+        saves: Place of the argument that says whether a gradient will be wanted, if there is one. It is set here, as
+            tensors inside of `torch.vmap` don't tell.
     """
 
     def in_one_call(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -28,6 +32,9 @@ def stack_as_channels(op: CustomOpDef, inputs: Sequence[int | None], outputs: Se
             argument if channels is None or argument is None else _fold(argument, stacked, channels, info.batch_size)
             for argument, stacked, channels in zip(arguments, in_dims, inputs, strict=True)
         ]
+        if saves is not None:
+            tensors = [argument for argument in folded if isinstance(argument, Tensor)]
+            folded[saves] = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         results = op(*folded)
         results = results if isinstance(results, tuple) else (results,)
         unfolded = tuple(
@@ -43,9 +50,9 @@ def stack_as_channels(op: CustomOpDef, inputs: Sequence[int | None], outputs: Se
 
 
 def _fold(tensor: Tensor, stacked: int | None, channels: int, n_stacked: int) -> Tensor:
-    """Bring the axis of the stack before that of the channels, and make one axis of the two."""
+    """Bring the axis of the stack before that of the channels, and make one axis of the two; contiguous."""
     if stacked is None:
         tensor = tensor.unsqueeze(channels).expand(*tensor.shape[:channels], n_stacked, *tensor.shape[channels:])
     else:
         tensor = tensor.movedim(stacked, channels)
-    return tensor.flatten(channels, channels + 1)
+    return tensor.flatten(channels, channels + 1).contiguous()

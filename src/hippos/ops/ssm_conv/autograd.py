@@ -13,6 +13,7 @@ from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.chunked_op import ssm_conv_torch
 from hippos.ops.ssm_conv.kernel_fallback import backward_without_kernels, forward_without_kernels, none
 from hippos.ops.ssm_conv.schedule import forward_schedule, most_modes, saved_shape
+from hippos.ops.stacking import stack_as_channels
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -185,3 +186,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 ssm_conv_kernel_op.register_autograd(_backward, setup_context=_save)
 ssm_conv_kernel_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(ssm_conv_kernel_op, inputs=(1, 0, 0, 0, 0, 1, 1, 1, None, None), outputs=(1, 1, 1), saves=9)
