@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hippos.bench.cases.language_models import build_h3, decode_error, extend_cache, random_prompt
+from hippos.bench.cases.language_models import MAX_ERRORS, build_h3, decode_error, extend_cache, random_prompt
 from hippos.bench.harness import CaseResult, Clock, Context, Finding, Goal, Method, Workload
 from hippos.bench.harness.case import Samples
 
@@ -70,7 +70,7 @@ def prepare_decode_step(size: DecodeSize, context: Context, *, tolerance: float 
     return Workload(
         methods=methods,
         check=lambda: {first: decode_error(model, generator, prompt_len=min(100, *size.positions))},
-        max_error=1e-4 if size.dtype == "float32" else 5e-2,
+        max_error=MAX_ERRORS[size.dtype],
         baseline=first,
         work_per_call={STEP: size.batch},
         goals=(goal,) if size.is_flat else (),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from hippos.bench.cases.language_models import BUILDERS, decode_error, random_prompt
+from hippos.bench.cases.language_models import BUILDERS, MAX_ERRORS, decode_error, random_prompt
 from hippos.bench.harness import Clock, Context, Goal, Method, Workload
 from hippos.bench.harness.clock import Mark
 
@@ -61,7 +61,7 @@ def prepare_generation(size: GenerationSize, context: Context) -> Workload:
     return Workload(
         methods={name: _generating(model, prompt, size.new_tokens) for name, model in models.items()},
         check=lambda: {name: decode_error(model, generator, prompt_len=check_len) for name, model in models.items()},
-        max_error=1e-4 if size.dtype == "float32" else 5e-2,
+        max_error=MAX_ERRORS[size.dtype],
         baseline=size.baseline,
         work_per_call={TOKEN: size.batch, WHOLE: size.batch * size.new_tokens},
         goals=tuple(_goals(size)) if size.has_goal else (),
