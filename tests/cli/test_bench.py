@@ -27,7 +27,7 @@ def test_a_table_is_printed(run):
     done = run(*QUICK)
     assert done.exit_code == 0, done.output
     assert "| batch=2 seqlen=96" in done.stdout
-    assert "1 threads" in done.stdout
+    assert "threads: 1" in done.stdout
 
 
 def test_json_alone_stands_on_standard_output(run):

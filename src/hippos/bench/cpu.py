@@ -13,7 +13,8 @@ TINY = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 # GPT-2's table of 1,024 positions ends with the prompt; it grows as far as the text does.
 GPT2 = {"GPT-2 124M": ("gpt2", {"n_positions": 1088})}
 HYBRID = {"H3 hybrid 125M": ("h3", {"preset": "125m"})}
-TINY_GPT2 = {"GPT-2 tiny": ("gpt2", {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2})}
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+TINY_GPT2 = {"GPT-2 tiny": ("gpt2", {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, **NO_TOKENS})}
 
 SSM_CONV = Case(
     name="ssm_conv",
@@ -46,13 +47,14 @@ DECODE_STEP = Case(
         DecodeSize("H3 hybrid tiny", {**TINY, "attn_layers": (1,)}, (4, 40)),
     ),
     prepare=prepare_decode_step,
+    labels=("model",),
     draw=draw_positions,
     plan=Plan(warmup=5, rounds=41),
 )
 
 GENERATION = Case(
     name="generation",
-    title="Tokens/s of generate behind a prompt of 1,024, batch 1",
+    title="Writing behind a prompt: generate with an H3 hybrid and with GPT-2",
     sizes=(
         GenerationSize(1024, 64, {**GPT2, **HYBRID}, baseline="GPT-2 124M"),
         GenerationSize(1024, 64, {**GPT2, **HYBRID}, baseline="GPT-2 124M", dtype="bfloat16"),
@@ -61,6 +63,7 @@ GENERATION = Case(
         GenerationSize(16, 4, {**TINY_GPT2, "H3 hybrid tiny": ("h3", {**TINY, "attn_layers": (1,)})}, "GPT-2 tiny"),
     ),
     prepare=prepare_generation,
+    labels=("prompt_len", "dtype"),
     plan=Plan(warmup=1, rounds=7),
 )
 

@@ -44,9 +44,7 @@ def test_rounds_replace_the_plan(make_suite):
 @pytest.mark.parametrize("error", [1e-3, math.nan, math.inf])
 def test_a_wrong_result_is_never_timed(make_suite, error):
     log: list[str] = []
-    with pytest.raises(
-        BenchmarkError, match=r"count n=1 dtype=float32: fast has a relative error of .* allowed is 1e-04"
-    ):
+    with pytest.raises(BenchmarkError, match=r"count n=1: fast has a relative error of .* allowed is 1e-04"):
         run_suite(make_suite(error=error, log=log))
     assert log == ["check"]
 

@@ -30,7 +30,7 @@ def test_remarks_say_goal_finding_and_origin(make_suite):
     assert "n=2: met: twice as fast (measured 2.500)" in text
     assert "n=2: rounds seen: 4 rounds" in text
     assert "all rows: dtype float32" in text
-    assert "1 threads" in text
+    assert "threads: 1" in text
     assert "torch" in text
 
 

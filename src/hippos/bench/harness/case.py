@@ -124,6 +124,7 @@ class Case(Generic[SizeT]):
         sizes: The table, frozen dataclasses.
         quick_sizes: The table of a ``--quick`` run.
         prepare: Allocates a size.
+        labels: Fields of the size that tell its rows apart in tables; empty takes all that differ.
         axis: Field of the size along the horizontal axis of the figure; None draws bars.
         draw: Draws the case's figure itself, given Matplotlib's axes and the `CaseResult`.
         plan: Rounds.
@@ -135,6 +136,7 @@ class Case(Generic[SizeT]):
     sizes: tuple[SizeT, ...]
     quick_sizes: tuple[SizeT, ...]
     prepare: Callable[[SizeT, Context], Workload]
+    labels: tuple[str, ...] = ()
     axis: str | None = None
     draw: Callable[[Any, CaseResult], None] | None = None
     plan: Plan = Plan()

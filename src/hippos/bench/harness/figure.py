@@ -66,7 +66,7 @@ def draw_bars(axes: Any, case: CaseResult) -> None:
     """Median time of each row as a bar, with whiskers from minimum to maximum."""
     rows: list[tuple[str, Row]] = []
     for size in case.sizes:
-        label = "" if len(case.sizes) == 1 else " ".join(str(value) for value in size.size.values())
+        label = " ".join(str(size.size[name]) for name in case.labels)
         rows += [(f"{label} {row.method}: {row.measure}".strip(), row) for row in size.rows]
     medians = [row.median_s * 1e3 for _, row in rows]
     low = [median - row.spread_s[0] * 1e3 for median, (_, row) in zip(medians, rows, strict=True)]

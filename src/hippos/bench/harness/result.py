@@ -100,10 +100,11 @@ class SizeResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case over its sizes."""
+    """One case over its sizes; `labels` are the fields that name a size in tables, see `Case`."""
 
     name: str
     title: str
+    labels: tuple[str, ...]
     axis: str | None
     plan: Plan
     sizes: tuple[SizeResult, ...]

@@ -96,11 +96,12 @@ def _steps(plan: Plan) -> int:
 def _run_case(case: Case[Any], context: Context, tracker: _Tracker, rounds: int | None) -> CaseResult:
     plan = plan_of(case, context.is_quick, rounds)
     sizes = tuple(_run_size(case, size, context, plan, tracker) for size in sizes_of(case, context.is_quick))
-    return CaseResult(case.name, case.title, case.axis, plan, sizes)
+    return CaseResult(case.name, case.title, _labels(case, context), case.axis, plan, sizes)
 
 
 def _run_size(case: Case[Any], size: Any, context: Context, plan: Plan, tracker: _Tracker) -> SizeResult:
-    label = f"{case.name} {size_label(asdict(size))}"
+    named = {name: value for name, value in asdict(size).items() if name in _labels(case, context)}
+    label = " ".join([case.name, *(f"{name}={value}" for name, value in named.items())])
     tracker.say(f"{label}: check against float64")
     workload = case.prepare(size, context)
     errors = workload.check()
@@ -137,9 +138,11 @@ def _row(
     return row if work is None else Row(method, measure, row.samples_s, error, ratio, work / row.median_s)
 
 
-def size_label(size: dict[str, Any]) -> str:
-    """A size in one short line."""
-    return " ".join(f"{name}={value}" for name, value in size.items())
+def _labels(case: Case[Any], context: Context) -> tuple[str, ...]:
+    if case.labels:
+        return case.labels
+    first, *others = [asdict(size) for size in sizes_of(case, context.is_quick)]
+    return tuple(name for name in first if any(size[name] != first[name] for size in others))
 
 
 def _require(suite: Suite, threads: int | None, rounds: int | None, only: tuple[str, ...]) -> None:

@@ -37,11 +37,9 @@ def case_table(case: CaseResult) -> Table:
     table = Table(box=box.MARKDOWN, show_edge=True)
     for index, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if index < 3 else "right", no_wrap=True)
-    varying = _varying(case)
     for size in case.sizes:
-        label = " ".join(f"{name}={size.size[name]}" for name in varying)
         for row in size.rows:
-            table.add_row(label, row.method, row.measure, *_numbers(row, size))
+            table.add_row(_label(case, size), row.method, row.measure, *_numbers(row, size))
     return table
 
 
@@ -50,7 +48,7 @@ def origin_lines(result: SuiteResult) -> list[str]:
     machine = result.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
-        f"{machine.cpu}, {machine.n_threads} threads on {machine.n_cores} cores, "
+        f"{machine.cpu}, threads: {machine.n_threads}, cores: {machine.n_cores}, "
         f"{'GPU ' + machine.gpu if machine.gpu else 'no GPU used'}; {versions}; "
         f"commit {machine.commit or 'unknown'}; {result.date:%Y-%m-%d %H:%M %Z}"
     ]
@@ -67,12 +65,12 @@ def origin_lines(result: SuiteResult) -> list[str]:
 
 def _remarks(case: CaseResult) -> list[str]:
     lines = []
-    fixed = {name: value for name, value in case.sizes[0].size.items() if name not in _varying(case)}
-    if fixed:
-        lines.append("all rows: " + ", ".join(f"{name} {value}" for name, value in fixed.items()))
+    same = _same_everywhere(case)
+    if same:
+        lines.append("all rows: " + ", ".join(f"{name} {value}" for name, value in same.items()))
     lines.append(f"{case.plan.rounds} interleaved rounds after {case.plan.warmup} of warm-up")
     for size in case.sizes:
-        label = " ".join(f"{name}={size.size[name]}" for name in _varying(case))
+        label = _label(case, size)
         prefix = f"{label}: " if label else ""
         lines += [f"{prefix}{finding.name}: {finding.value:.4g} {finding.unit}" for finding in size.findings]
         lines += [prefix + _verdict(goal) for goal in size.goals]
@@ -86,11 +84,21 @@ def _verdict(goal: GoalResult) -> str:
     return f"{'met' if goal.is_met else 'MISSED'}: {goal.text} (measured {goal.value:.3f})"
 
 
-def _varying(case: CaseResult) -> list[str]:
+def _label(case: CaseResult, size: SizeResult) -> str:
+    return " ".join(f"{name}={size.size[name]}" for name in case.labels)
+
+
+def _same_everywhere(case: CaseResult) -> dict[str, Any]:
+    """The numbers and words of the sizes that no row differs in."""
     first = case.sizes[0].size
-    if len(case.sizes) == 1:
-        return []
-    return [name for name in first if any(size.size[name] != first[name] for size in case.sizes)]
+    return {
+        name: value
+        for name, value in first.items()
+        if isinstance(value, str | int | float)
+        and not isinstance(value, bool)
+        and name not in case.labels
+        and all(size.size[name] == value for size in case.sizes)
+    }
 
 
 def _numbers(row: Row, size: SizeResult) -> tuple[str, ...]:
