@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ from hippos.train.metrics import read_metrics
 from tests.train import sessions
 
 
-@pytest.fixture
-def uninterrupted(tiny: TrainConfig, tmp_path: Path) -> Path:
-    run = tmp_path / "uninterrupted"
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
     sessions.finish(tiny, run)
     return run
 
@@ -52,5 +54,49 @@ def test_run_killed_at_its_writes_resumes_bit_for_bit(
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert _steps_kept(run)[-1:] >= before[-1:], "a kill lost the last complete checkpoint"
+    sessions.finish(tiny, run, resume=True)
+    _assert_same_end(run, uninterrupted)
+
+
+def test_run_killed_from_outside_while_saving_resumes_bit_for_bit(
+    tiny: TrainConfig, tmp_path: Path, uninterrupted: Path
+) -> None:
+    run = tmp_path / "killed"
+    draw = random.Random(5)
+    for kill in range(2):
+        process = sessions.start(tiny, run, resume=kill > 0)
+        while process.is_alive() and not any(run.glob("checkpoint-*.tmp")):
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        process.join()
+    sessions.finish(tiny, run, resume=True)
+    _assert_same_end(run, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_run_killed_a_dozen_times_resumes_bit_for_bit(
+    tiny: TrainConfig, tmp_path: Path, uninterrupted: Path, seed: int
+) -> None:
+    run = tmp_path / "killed"
+    draw = random.Random(seed)
+    n_kills = 0
+    while n_kills < 12:
+        before = _steps_kept(run)
+        if n_kills % 2:
+            process = sessions.start(tiny, run, resume=True, die_at=draw.randint(1, 60))
+        else:
+            process = sessions.start(tiny, run, resume=True)
+            process.join(timeout=draw.uniform(0.3, 2.0))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was done sooner: begin anew, the kills so far count
+            _assert_same_end(run, uninterrupted)
+            shutil.rmtree(run)
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            assert _steps_kept(run)[-1:] >= before[-1:], "a kill lost the last complete checkpoint"
+            n_kills += 1
     sessions.finish(tiny, run, resume=True)
     _assert_same_end(run, uninterrupted)

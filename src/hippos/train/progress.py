@@ -29,13 +29,13 @@ class RunProgress:
     """
 
     def __init__(self, *, is_quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True)
+        self.console = console or Console(stderr=True, quiet=is_quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
 
     def note(self, text: str) -> None:
         """Print one line of text."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, highlight=False)
 
     @contextmanager
     def work(self, text: str) -> Iterator[None]:
