@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from hippos.bench.cases.decode_step import DecodeSize, draw_positions, prepare_decode_step
-from hippos.bench.cases.generation import GenerationSize, prepare_generation
+from hippos.bench.cases.generation import GenerationSize, draw_rates, prepare_generation
 from hippos.bench.cases.ssm_conv import ConvSize, prepare_ssm_conv
 from hippos.bench.harness import Case, Plan, Suite
 
@@ -64,6 +64,7 @@ GENERATION = Case(
     ),
     prepare=prepare_generation,
     labels=("prompt_len", "dtype"),
+    draw=draw_rates,
     plan=Plan(warmup=1, rounds=7),
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from hippos.bench.cases.language_models import BUILDERS, MAX_ERRORS, decode_error, random_prompt
-from hippos.bench.harness import Clock, Context, Goal, Method, Workload
+from hippos.bench.harness import CaseResult, Clock, Context, Goal, Method, Workload
 from hippos.bench.harness.clock import Mark
 
 PREFILL, TOKEN, WHOLE = "prompt to first token", "one more token", "prompt and all tokens"
@@ -81,6 +81,21 @@ def _goals(size: GenerationSize) -> list[Goal]:
         if name != size.baseline
         for measure in (TOKEN, WHOLE)
     ]
+
+
+def draw_rates(axes: Any, case: CaseResult) -> None:
+    """Tokens a second of each model behind the prompt, with whiskers from the slowest round to the fastest."""
+    bars = [
+        (f"{size.size['dtype']}\n{row.method}", row) for size in case.sizes for row in size.rows if row.measure == TOKEN
+    ]
+    batches = [size.size["batch"] for size in case.sizes for row in size.rows if row.measure == TOKEN]
+    for place, ((_, row), batch) in enumerate(zip(bars, batches, strict=True)):
+        fastest, _, _, slowest = (batch / seconds for seconds in row.spread_s)
+        rate = batch / row.median_s
+        colour = "tab:orange" if row.ratio is None else "tab:blue"
+        axes.bar(place, rate, yerr=[[rate - slowest], [fastest - rate]], capsize=4, color=colour)
+    axes.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
+    axes.set_ylabel("tokens/s behind the prompt (median; whiskers: min to max)", fontsize=8)
 
 
 class _TokenMarks(StoppingCriteria):

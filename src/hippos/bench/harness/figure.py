@@ -33,7 +33,7 @@ def write_figures(result: SuiteResult, cases: tuple[Case[Any], ...], folder: Pat
         draw = by_name[measured.name].draw or (draw_lines if measured.axis else draw_bars)
         draw(axes, measured)
         where = result.machine.gpu or f"{result.machine.cpu}, {result.machine.n_threads} threads"
-        axes.set_title(f"{measured.title}\n{where}, {result.date:%Y-%m-%d}", fontsize=9)
+        figure.suptitle(f"{measured.title}\n{where}, {result.date:%Y-%m-%d}", fontsize=9)
         axes.grid(alpha=0.3)
         path = folder / f"{result.stem(measured)}.png"
         figure.savefig(path, dpi=130)
