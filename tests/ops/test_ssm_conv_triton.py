@@ -188,7 +188,7 @@ class TestGpu:
         wanted = run(Inputs(*(x.cpu() for x in inputs)), "torch", dtype=torch.float64)
         assert_accurate(inputs, run(inputs, "triton"), wanted)
 
-    @pytest.mark.parametrize("n_modes", [1, 16, 64])
+    @pytest.mark.parametrize("n_modes", [5, 16, 64])
     def test_modes(self, n_modes):
         inputs = make_inputs(2, 3, 1000, n_modes, torch.bfloat16, "cuda")
         wanted = run(Inputs(*(x.cpu() for x in inputs)), "torch", dtype=torch.float64)

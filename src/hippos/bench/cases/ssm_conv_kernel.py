@@ -14,7 +14,8 @@ from hippos.bench.cases.ssm_conv import BOTH, FORWARD, draw_ssm, fast_fft_length
 from hippos.bench.harness import Clock, Context, Goal, Method, Workload
 from hippos.ops import ssm_conv, ssm_filter
 
-GIVEN, OURS, COPY, FFT, ATTENTION = "ssm_conv, operators given", "ssm_conv", "copy", "torch.fft", "SDPA"
+GIVEN, OURS, EAGER = "ssm_conv, operators given", "ssm_conv", "ssm_conv, eager"
+COPY, FFT, ATTENTION = "copy", "torch.fft", "SDPA"
 # Channels are independent, so the float64 convolution is run for a few of them.
 CHECKED_CHANNELS = 4
 HEAD_WIDTH = 64
@@ -57,13 +58,14 @@ def prepare_ssm_conv_kernel(size: KernelSize, context: Context, *, shares: Mappi
         filter_ = ssm_filter(*parameters[:3], size.seqlen)
     by_fft = partial(_gated_fft, filter_=filter_)
     methods: dict[str, Method] = {
-        COPY: _copy(u, in_gate),
-        GIVEN: _forward_only(inputs),
-        OURS: _both(_gated_conv, inputs, dout),
-        FFT: _both(by_fft, inputs, dout),
+        COPY: _replayed({FORWARD: _copy(u, in_gate)}),
+        GIVEN: _replayed({FORWARD: _forward_from_operators(inputs)}),
+        OURS: _replayed(_passes(_gated_conv, inputs, dout)),
+        EAGER: _eager(_passes(_gated_conv, inputs, dout)),
+        FFT: _replayed(_passes(by_fft, inputs, dout)),
     }
     if size.seqlen <= size.longest_attention and size.n_heads % HEAD_WIDTH == 0:
-        methods[ATTENTION] = _attention(size, context, dtype)
+        methods[ATTENTION] = _replayed({FORWARD: _attention(size, context, dtype)})
     share = shares.get(size.seqlen)
     return Workload(
         methods=methods,
@@ -71,7 +73,10 @@ def prepare_ssm_conv_kernel(size: KernelSize, context: Context, *, shares: Mappi
         max_error=2e-2,
         baseline=COPY,
         goals=() if share is None else (_goal(share),),
-        notes={"counted": "ssm_conv makes its chunk operators from the SSM parameters in every call, unless given"},
+        notes={
+            "timed": "replays of CUDA graphs, except where a method is called eager",
+            "counted": "ssm_conv makes its chunk operators from the SSM parameters in every call, unless given",
+        },
     )
 
 
@@ -95,19 +100,46 @@ def _gated_fft(
     return (out_gate.float() * torch.addcmul(y, d[:, None], x)).to(u.dtype)
 
 
-def _copy(u: Tensor, in_gate: Tensor) -> Method:
-    source = torch.stack([u.detach(), in_gate.detach()])
-    target = torch.empty_like(source)
+def _replayed(works: Mapping[str, Callable[[], object]]) -> Method:
+    """A method that replays each work from a CUDA graph: the device's time, without the host's."""
+    replays = {measure: _capture(work) for measure, work in works.items()}
+    return _eager(replays)
+
+
+def _capture(work: Callable[[], object]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _eager(works: Mapping[str, Callable[[], object]]) -> Method:
+    """A method that calls each work."""
 
     def sample(clock: Clock) -> dict[str, float]:
-        start = clock.start()
-        target.copy_(source)
-        return {FORWARD: clock.seconds(start, clock.mark())}
+        times = {}
+        for measure, work in works.items():
+            start = clock.start()
+            work()
+            times[measure] = clock.seconds(start, clock.mark())
+        return times
 
     return sample
 
 
-def _forward_only(inputs: tuple[Tensor, ...]) -> Method:
+def _copy(u: Tensor, in_gate: Tensor) -> Callable[[], object]:
+    source = torch.stack([u.detach(), in_gate.detach()])
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _forward_from_operators(inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """The forward kernel from chunk operators that exist already."""
     from hippos.ops.ssm_conv.chunked import Inputs
     from hippos.ops.ssm_conv.launch import make_chunk_operators, ssm_conv_fwd
@@ -117,48 +149,28 @@ def _forward_only(inputs: tuple[Tensor, ...]) -> Method:
     schedule = forward_schedule(u.dtype, log_a.shape[1], u.device)
     dtype = torch.float32 if u.dtype == torch.float32 else torch.float16
     operators = make_chunk_operators(log_a, b, c, d, schedule, dtype)
-    call = partial(
-        ssm_conv_fwd,
-        Inputs(u, log_a, b, c, d, in_gate, out_gate, None),
-        wants_state=False,
-        saves_states=False,
-        operators=operators,
-    )
-
-    def sample(clock: Clock) -> dict[str, float]:
-        start = clock.start()
-        call()
-        return {FORWARD: clock.seconds(start, clock.mark())}
-
-    return sample
+    signals = Inputs(u, log_a, b, c, d, in_gate, out_gate, None)
+    return partial(ssm_conv_fwd, signals, wants_state=False, saves_states=False, operators=operators)
 
 
-def _both(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> Method:
-    def sample(clock: Clock) -> dict[str, float]:
-        start = clock.start()
+def _passes(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor
+) -> dict[str, Callable[[], object]]:
+    def forward() -> None:
         with torch.no_grad():
             function(*inputs)
-        end = clock.mark()
-        forward = clock.seconds(start, end)
-        start = clock.start()
-        y = function(*inputs)
-        torch.autograd.grad(y, inputs, dout, allow_unused=True)
-        return {FORWARD: forward, BOTH: clock.seconds(start, clock.mark())}
 
-    return sample
+    def both() -> None:
+        torch.autograd.grad(function(*inputs), inputs, dout, allow_unused=True)
+
+    return {FORWARD: forward, BOTH: both}
 
 
-def _attention(size: KernelSize, context: Context, dtype: torch.dtype) -> Method:
+def _attention(size: KernelSize, context: Context, dtype: torch.dtype) -> Callable[[], object]:
     shape = (size.batch, size.n_heads // HEAD_WIDTH, size.seqlen, HEAD_WIDTH)
     generator = context.generator()
     q, k, v = (torch.randn(shape, generator=generator, device=context.device).to(dtype) for _ in range(3))
-
-    def sample(clock: Clock) -> dict[str, float]:
-        start = clock.start()
-        F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return {FORWARD: clock.seconds(start, clock.mark())}
-
-    return sample
+    return partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
 
 
 def _error(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> float:

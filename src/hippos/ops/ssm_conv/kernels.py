@@ -90,17 +90,6 @@ def _fold(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def sum_steps(x, COUNT: tl.constexpr):
-    """Sum x (n, COUNT, MODES) over COUNT. Triton 3.6 fails to compile some loops that accumulate a tl.sum."""
-    parts = _unfold(x, COUNT)
-    if COUNT == 1:
-        return parts[0]
-    if COUNT == 2:
-        return parts[0] + parts[1]
-    return (parts[0] + parts[1]) + (parts[2] + parts[3])
-
-
-@triton.jit
 def _advance(s_re, s_im, a_re, a_im, v_re, v_im):
     """One step of the recurrence: a s + v."""
     return a_re * s_re - a_im * s_im + v_re, a_re * s_im + a_im * s_re + v_im

@@ -24,7 +24,6 @@ from hippos.ops.ssm_conv.kernels import (
     peak_of,
     place_rows,
     scaled_operand,
-    sum_steps,
     to_operand,
     to_pairs,
     two_to,
@@ -174,8 +173,8 @@ def ssm_conv_bwd_kernel(
         )
         if WANTS_DINITIAL:
             tl.store(dinitial_ptr + carry_at, to_pairs(carry_re, carry_im), mask=is_carried & (tile == 0))
-        ddecay_re += sum_steps(dstate_re * state_re + dstate_im * state_im, STEPS)
-        ddecay_im += sum_steps(dstate_im * state_re - dstate_re * state_im, STEPS)
+        ddecay_re += tl.sum(dstate_re * state_re + dstate_im * state_im, axis=1)
+        ddecay_im += tl.sum(dstate_im * state_re - dstate_re * state_im, axis=1)
         dstate = tl.reshape(tl.join(dstate_re, dstate_im), (ROWS, 2 * MODES))
         dstate_exponent = 0
         if IS_SCALED:
