@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from hippos.errors import UnsupportedError
 from hippos.layers.ssm_dss import DSSM
 from hippos.layers.ssm_layer import ActivatedSSMLayer, advance_diagonal, convolve_diagonal
 from hippos.ops import fft_conv
+from hippos.ops.ssm_filter.dss import dss_modes_filter
 
 
 class DSS(ActivatedSSMLayer):
@@ -23,8 +26,8 @@ class DSS(ActivatedSSMLayer):
         d_model: Width D of the tokens.
         d_state: State size N, even and at least 2; M = N/2 complex modes.
         form: "exp" or "softmax".
-        l_max: Length over which "softmax" normalises a mode; needed for it, unused otherwise. The model is another
-            one with another ``l_max``.
+        l_max: Length over which "softmax" normalises a mode; needed for it, not read otherwise. The model is
+            another one with another ``l_max``.
         n_ssm: Number of different state matrices, a divisor of D; 1, as published, shares one.
         init: Start of the frequencies: "diag-legs" (as published), "diag-lin", "diag-inv" or "diag".
         real_type: How the raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid", or, for "softmax",
@@ -95,7 +98,9 @@ class DSS(ActivatedSSMLayer):
 
     def _check_recurrence(self, wish: str) -> None:
         super()._check_recurrence(wish)
-        if self.diag.may_grow and bool((self.diag.A_real < 0).any()):
+        if not self.diag.may_grow or torch.compiler.is_compiling():
+            return  # compiled steps cannot look at values; what made their state has looked
+        if bool((self.diag.A_real < 0).any()):
             n_growing = int((self.diag.A_real < 0).sum())
             raise UnsupportedError(
                 f"{n_growing} of {self.diag.A_real.numel()} modes of this DSS layer grow: there is no {wish} for them; "
@@ -109,7 +114,8 @@ class DSS(ActivatedSSMLayer):
             return convolve_diagonal(self.diag, x, initial_state, return_state, cu_seqlens)
         if cu_seqlens is not None:
             raise UnsupportedError("a DSS layer with real_type 'none' takes no packed documents (cu_seqlens)")
-        return fft_conv(x, *self.diag.filter(x.shape[-1])), None
+        log_a, b, c, skip = self.diag.operators()
+        return fft_conv(x, dss_modes_filter(log_a, b, c, x.shape[-1], l_max=cast(int, self.diag.l_max)), skip), None
 
     def _advance(self, x: Tensor, state: Tensor) -> Tensor:
         return advance_diagonal(self.diag, x, state)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from hippos.layers.ssm_diagonal import DiagonalOperators, DiagonalSSM, check_choice
-from hippos.ops import discretise, ssm_filter
-from hippos.ops.ssm_filter.dss import dss_filter, dss_modes
+from hippos.ops import discretise
+from hippos.ops.ssm_filter.dss import dss_modes
 
 DSS_FORMS = ("exp", "softmax")
 
@@ -22,7 +21,7 @@ class DSSM(DiagonalSSM):
         n_heads: Number of heads H.
         d_state: State size N, even; M = N/2 complex modes.
         form: "exp" or "softmax".
-        l_max: The length of the softmax; needed for it, unused otherwise.
+        l_max: The length of the softmax; needed for it, not read otherwise.
         n_ssm: Number of different A, a divisor S of H; None for H.
         init: Start of A_imag, see `ssm_init`.
         real_type: How A_real stands for -Re A. "none" leaves its sign free, for "softmax" only.
@@ -86,7 +85,7 @@ class DSSM(DiagonalSSM):
             device=device,
             dtype=dtype,
         )
-        self.form, self.l_max = form, l_max
+        self.form, self.l_max = form, l_max if form == "softmax" else None
 
     @property
     def may_grow(self) -> bool:
@@ -94,37 +93,19 @@ class DSSM(DiagonalSSM):
         return self.real_type == "none"
 
     def forward(self) -> DiagonalOperators:
-        """Give the modes as a recurrence: log Abar, Bbar, C / 2 (H, M, 2), and the skip weights (H,).
+        """Give log Abar, Bbar, C / 2, each (H, M, 2), with the skip weights, shape (H,).
 
-        Only modes that decay can be had so.
+        Of a mode that grows, Bbar is its weight at the last tap, see `hippos.ops.ssm_filter.dss`.
         """
         self._check_precision()
         A, B, dt, skip = self._continuous()
-        if self.form == "exp":
+        if self.l_max is None:
             log_a, b = discretise(A, B, dt, method="zoh")
         else:
-            log_a, b = dss_modes(A, B, dt, self._softmax_len())
+            log_a, b = dss_modes(A, B, dt, self.l_max)
         return DiagonalOperators(log_a, b, self.C / 2, skip)
-
-    def filter(self, filter_len: int) -> tuple[Tensor, Tensor]:
-        """Give the convolution filter, shape (H, filter_len), whatever the modes, and the skip weights, shape (H,).
-
-        Raises:
-            ValueError: If ``form`` is "softmax" and the filter longer than ``l_max``.
-        """
-        if self.form == "exp":
-            log_a, b, c, skip = self()
-            return ssm_filter(log_a, b, c, filter_len), skip
-        self._check_precision()
-        A, B, dt, skip = self._continuous()
-        return dss_filter(A, B, self.C, dt, filter_len, l_max=self._softmax_len()), skip
 
     def extra_repr(self) -> str:
         """Show the sizes and choices."""
         length = "" if self.form == "exp" else f", l_max={self.l_max}"
         return f"{super().extra_repr()}, form={self.form!r}{length}"
-
-    def _softmax_len(self) -> int:
-        if self.l_max is None:
-            raise ValueError("form 'softmax' needs l_max")
-        return self.l_max

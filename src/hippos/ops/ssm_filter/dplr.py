@@ -37,17 +37,27 @@ def discretise_dplr(A: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor
     check_tensor("P", P, "R, H, M, 2", (None, *A.shape), like=A, dtypes=PARAMETER_DTYPES)
     check_tensor("B", B, "H, M, 2", tuple(A.shape), like=A, dtypes=PARAMETER_DTYPES)
     check_tensor("dt", dt, "H", (A.shape[0],), like=A, dtypes=PARAMETER_DTYPES)
-    d_state = 2 * A.shape[1]
-    re, im = A.unbind(-1)
-    rotations = torch.stack((torch.stack((re, -im), dim=-1), torch.stack((im, re), dim=-1)), dim=-2)  # (H, M, 2, 2)
-    diagonal = torch.diag_embed(rotations.movedim(1, -1), dim1=1, dim2=3)  # (H, M, 2, M, 2)
-    p = P.flatten(2).movedim(0, -1)  # (H, N, R)
+    # With S = dt / 2 (diag(A) - 2 p p^T): a = (1 - S)^-1 (1 + S) = 2 (1 - S)^-1 - 1 and b = dt (1 - S)^-1 B. The
+    # inverse is that of the 2 x 2 blocks, corrected for one p after another: a solver goes into no CUDA graph.
+    inverse = _invert_blocks(A, dt)
     with torch.autocast(A.device.type, enabled=False):
-        half = (diagonal.reshape(-1, d_state, d_state) - 2 * p @ p.mT) * (dt / 2)[:, None, None]
-        eye = torch.eye(d_state, dtype=A.dtype, device=A.device)
-        inputs = (B.flatten(1) * dt.unsqueeze(-1)).unsqueeze(-1)
-        solved = torch.linalg.solve(eye - half, torch.cat((eye + half, inputs), dim=-1))  # (H, N, N + 1)
-    return solved[..., :d_state], solved[..., d_state]
+        for p in P.flatten(2).unbind(0):  # (H, N)
+            column = inverse @ p.unsqueeze(-1)
+            row = p.unsqueeze(-2) @ inverse
+            weight = dt[:, None, None] / (1 + dt[:, None, None] * (p.unsqueeze(-2) @ column))
+            inverse = inverse - weight * column * row
+        b = (inverse @ (B.flatten(1) * dt.unsqueeze(-1)).unsqueeze(-1)).squeeze(-1)
+    return 2 * inverse - torch.eye(b.shape[-1], dtype=b.dtype, device=b.device), b
+
+
+def _invert_blocks(A: Tensor, dt: Tensor) -> Tensor:
+    """Invert 1 - dt / 2 diag(A), real, (H, N, N): 1 / z of each mode as a rotation and scaling of its pair."""
+    n_modes = A.shape[1]
+    x, y = (1 - A[..., 0] * dt[:, None] / 2), -A[..., 1] * dt[:, None] / 2
+    size = x.square() + y.square()
+    re, im = x / size, -y / size
+    blocks = torch.stack((torch.stack((re, -im), dim=-1), torch.stack((im, re), dim=-1)), dim=-2)  # (H, M, 2, 2)
+    return torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=3).reshape(-1, 2 * n_modes, 2 * n_modes)
 
 
 def read_out_pairs(C: Tensor) -> Tensor:

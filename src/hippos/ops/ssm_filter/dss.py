@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.arguments import PARAMETER_DTYPES, check_modes, check_tensor
 from hippos.ops.discretise import exp_minus_one
 from hippos.ops.ssm_filter import ssm_filter
 
@@ -83,13 +83,35 @@ def dss_filter(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, filter_len: int, *, 
         Gupta et al. 2022 (DSS, arXiv:2203.14343), proposition 1b.
     """
     check_tensor("C", C, "H, M, 2", tuple(A.shape), like=A, dtypes=PARAMETER_DTYPES)
+    return dss_modes_filter(*dss_modes(A, B, dt, l_max), C / 2, filter_len, l_max=l_max)
+
+
+def dss_modes_filter(log_a: Tensor, b: Tensor, c: Tensor, filter_len: int, *, l_max: int) -> Tensor:
+    """Make the filter of modes that `dss_modes` gave, ``K[l] = 2 Re sum_m c b exp(l log_a)``.
+
+    A mode that grows is one that decays, seen from the last tap.
+
+    Args:
+        log_a: Logarithms of the modes, shape (H, M, 2), pairs (re, im), float32 or float64.
+        b: Their weights at the first tap, or, if they grow, at the last, shape (H, M, 2), pairs.
+        c: Output weights, shape (H, M, 2), pairs.
+        filter_len: Taps K, from 1 to ``l_max``.
+        l_max: Number of the last tap.
+
+    Returns:
+        Filter, shape (H, K), dtype of ``log_a``.
+
+    Raises:
+        TypeError: If an argument is no float32 or float64 tensor.
+        ValueError: If shapes or devices disagree, or a length is out of range.
+    """
+    check_modes(log_a, b, c)
     if not 1 <= filter_len <= l_max:
         raise ValueError(f"filter_len must be from 1 to l_max = {l_max}, got {filter_len}")
-    log_a, b = dss_modes(A, B, dt, l_max)
-    # A mode that grows is one that decays, seen from the last tap.
     grows = log_a[..., :1] > 0
-    decaying = ssm_filter(torch.where(grows, -log_a, log_a), torch.where(grows, 0.0, b), C / 2, filter_len)
-    growing = ssm_filter(torch.where(grows, -log_a, log_a), torch.where(grows, b, 0.0), C / 2, l_max)
+    falling = torch.where(grows, -log_a, log_a)
+    decaying = ssm_filter(falling, torch.where(grows, 0.0, b), c, filter_len)
+    growing = ssm_filter(falling, torch.where(grows, b, 0.0), c, l_max)
     return decaying + growing.flip(-1)[:, :filter_len]
 
 
