@@ -13,7 +13,7 @@ from torch.library import opcheck
 from hippos.errors import UnsupportedError
 from hippos.ops import ssm_conv
 from hippos.ops.chunks import Chunks
-from hippos.ops.ssm_conv.chunked import Inputs, ssm_conv_chunked
+from hippos.ops.ssm_conv.chunked import Inputs
 from tests.ops.ssm_cases import (
     LENGTHS,
     PACKED,
@@ -139,16 +139,6 @@ class TestTorch:
         inputs = make_inputs(random, 1, 100, n_states=1 if bounds is None else len(bounds) - 1)
         wanted = outputs_and_gradients(inputs, bounds, impl="reference")
         assert_close(outputs_and_gradients(inputs, bounds, impl="torch"), wanted)
-
-    @pytest.mark.parametrize("chunk_len", [4], indirect=True)
-    def test_automatic_differentiation_agrees(self, random, chunk_len):
-        inputs = Inputs(*leaves(*make_inputs(random, 2, 21)))
-        y, state, *_ = ssm_conv_chunked(inputs, None, return_state=True, chunk_len=chunk_len)
-        found = torch.autograd.grad(y.sin().sum() + state.cos().sum(), inputs)
-        y, state = call(inputs, impl="torch")
-        wanted = torch.autograd.grad(y.sin().sum() + state.cos().sum(), inputs)
-        for left, right in zip(found, wanted, strict=True):
-            assert relative_error(left, right) < 1e-12
 
     def test_strides(self, random):
         inputs = make_inputs(random, 2, 70)

@@ -104,7 +104,7 @@ class Chunks:
         d_first = grads[:, self.starts]
         if self.links is None:
             after = self.grid(grads)[:, :, 1:]
-            return F.pad(after, (0, 0, 0, 1)).flatten(1, 2), d_first
+            return torch.cat((after, torch.zeros_like(d_first).unsqueeze(2)), dim=2).flatten(1, 2), d_first
         return F.pad((grads * self._links_column)[:, 1:], (0, 0, 0, 1)), d_first
 
     @property

@@ -76,18 +76,19 @@ def expand_tables_adjoint(grad: Tensor, tables: PowerTables, *, descending: bool
     """
     n_coarse = tables.n_coarse
     grid = torch.unflatten(grad, 1, (n_coarse, -1))  # (H, n_coarse, n_fine, 2M)
-    zeroth, first = torch.zeros_like(grid[:, 0]), torch.zeros_like(grid[:, 0])
-    total = split_halves(zeroth)
+    # Sums over the coarse table, with its real (0) and imaginary (1) part in place of both halves of the gradient.
+    coarse = [torch.cat((part, part), dim=-1) for part in tables.coarse]  # (H, n_coarse, 2M)
+    total = grad.new_zeros(2, *grid[:, 0].shape)
+    weighted = torch.zeros_like(total)
     for j in range(n_coarse - 1, -1, -1):
-        block = split_halves(grid[:, n_coarse - 1 - j if descending else j])
-        re, im = tables.coarse.re[:, j : j + 1], tables.coarse.im[:, j : j + 1]
-        total.re.addcmul_(block.re, re).addcmul_(block.im, im)
-        total.im.addcmul_(block.im, re).addcmul_(block.re, im, value=-1)
+        block = grid[:, n_coarse - 1 - j if descending else j]
+        for part in range(2):
+            total[part].addcmul_(block, coarse[part][:, j : j + 1])
         if j > 0:
-            first += zeroth  # term j is in the running sum j times in the end
+            weighted += total  # block j is in the running sum j times in the end
+    zeroth, first = (_conj_product(*sums) for sums in (total, weighted))
     fine = _flip(tables).fine if descending else tables.fine
-    zeroth_terms = multiply_conj(split_halves(zeroth), fine)
-    first_terms = multiply_conj(split_halves(first), fine)
+    zeroth_terms, first_terms = multiply_conj(zeroth, fine), multiply_conj(first, fine)
     steps = _steps(tables.n_fine, 1, grad)
     steps = steps.flip(0) if descending else steps
     first_sum = add(scale(first_terms, tables.n_fine), scale(zeroth_terms, steps)).sum(1)
@@ -113,6 +114,12 @@ def taps_from_tables_adjoint(grad: Tensor, tables: PowerTables) -> tuple[Pair, P
     zeroth, first = split_halves(sums[:, : tables.n_coarse]), split_halves(sums[:, tables.n_coarse :])
     first = add(first, scale(zeroth, _steps(tables.n_coarse, tables.n_fine, grad)))
     return multiply_conj(zeroth, tables.coarse).sum(1), multiply_conj(first, tables.coarse).sum(1)
+
+
+def _conj_product(by_re: Tensor, by_im: Tensor) -> Pair:
+    """X conj(w) from the halves (..., 2M) of x Re w and of x Im w."""
+    by_re_pair, by_im_pair = split_halves(by_re), split_halves(by_im)
+    return Pair(by_re_pair.re + by_im_pair.im, by_re_pair.im - by_im_pair.re)
 
 
 def _flip(tables: PowerTables) -> PowerTables:

@@ -1,7 +1,7 @@
 """The convolution by state passing: batched matrix products within chunks, a scan of states between them.
 
-Plain differentiable PyTorch. Automatic differentiation of it is right but slow; chunked_adjoint.py has the gradient in
-fewer products. docs/math/state_passing.md derives both.
+The scan works in place, so the gradient is not automatic: chunked_adjoint.py has it. docs/math/state_passing.md derives
+both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hippos.ops.pairs import Pair, add, join_pairs, multiply, scale, split_halve
 from hippos.ops.powers import powers
 from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_conv.operators import Modes, chunk_operators
-from hippos.ops.ssm_conv.scan import scan_states
+from hippos.ops.ssm_conv.scan import scan_states_
 
 
 class Inputs(NamedTuple):
@@ -62,8 +62,8 @@ def ssm_conv_chunked(inputs: Inputs, bounds: list[int] | None, *, return_state: 
         entering = None
         if chunks.has_links or inputs.initial_state is not None:
             initial_state = None if inputs.initial_state is None else to_halves(inputs.initial_state, dtype)
-            added = chunks.shift_down(torch.bmm(samples, operators.write), initial_state)
-            entering = scan_states(chunks.grid(added), scale(modes.log_a, chunk_len), chunks.links).flatten(1, 2)
+            entering = chunks.shift_down(torch.bmm(samples, operators.write), initial_state)  # (H, n_rows, 2M)
+            scan_states_(chunks.grid(entering), scale(modes.log_a, chunk_len), chunks.links)
             rows.baddbmm_(entering, operators.read.transpose(1, 2))
         state = _final_state(samples, entering, operators.write, modes.log_a, chunks) if return_state else None
         y = chunks.join(rows)

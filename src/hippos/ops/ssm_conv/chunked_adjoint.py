@@ -12,7 +12,7 @@ from hippos.ops.pairs import Pair, add, join_pairs, multiply_conj, scale, split_
 from hippos.ops.powers import power
 from hippos.ops.ssm_conv.chunked import Inputs, from_halves, gated, tail_powers, to_halves
 from hippos.ops.ssm_conv.operators import ChunkOperators, Modes, chunk_operators, chunk_operators_adjoint
-from hippos.ops.ssm_conv.scan import scan_states
+from hippos.ops.ssm_conv.scan import scan_states_
 
 
 def ssm_conv_chunked_adjoint(
@@ -105,8 +105,8 @@ class StateAdjoint:
         chunks, chunk_len = self.chunks, self.chunks.chunk_len
         links = None if chunks.links is None else F.pad(chunks.links[1:], (0, 1))
         log_carry = scale(self.log_a, chunk_len)
-        d_added = scan_states(chunks.grid(d_entering), log_carry, links, reverse=True).flatten(1, 2)
-        d_leaving, d_initial = chunks.shift_up(d_added)  # (H, n_rows, 2M)
+        scan_states_(chunks.grid(d_entering), log_carry, links, reverse=True)
+        d_leaving, d_initial = chunks.shift_up(d_entering)  # (H, n_rows, 2M)
         d_samples.baddbmm_(d_leaving, self.write.transpose(1, 2))
         samples = self.samples.transpose(1, 2)
         if self.d_write is None:
@@ -114,7 +114,19 @@ class StateAdjoint:
         else:
             self.d_write.baddbmm_(samples, d_leaving)
         if self.entering is not None:
-            d_carry = multiply_conj(split_halves(d_leaving), split_halves(self.entering)).sum(1)
+            d_carry = _sum_of_products(d_leaving, self.entering)
             d_log_carry = scale(multiply_conj(d_carry, power(self.log_a, chunk_len)), chunk_len)
             self.d_log_a = add(self.d_log_a, d_log_carry)
         return d_initial
+
+
+def _sum_of_products(x: Tensor, y: Tensor) -> Pair:
+    """Sum of x conj(y) over rows, both (H, n_rows, 2M): few passes over memory, one temporary tensor."""
+    products = x * y
+    re = products.sum(1)
+    x_pair, y_pair, out = split_halves(x), split_halves(y), split_halves(products)
+    torch.mul(x_pair.im, y_pair.re, out=out.re)
+    torch.mul(x_pair.re, y_pair.im, out=out.im)
+    im = products.sum(1)
+    n_modes = re.shape[-1] // 2
+    return Pair(re[:, :n_modes] + re[:, n_modes:], im[:, :n_modes] - im[:, n_modes:])

@@ -14,14 +14,9 @@ from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import count_rows
 from hippos.ops.precision import without_autocast
-from hippos.ops.ssm_conv.chunked import Inputs, Outputs, choose_chunk_len, ssm_conv_chunked
+from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, ssm_conv_chunked
 from hippos.ops.ssm_conv.chunked_adjoint import ssm_conv_chunked_adjoint
-from hippos.ops.ssm_conv.head_blocks import over_head_blocks
 from hippos.ops.stacking import stack_as_channels
-
-# The axis of the channels in each tensor of `Inputs` and `Outputs`.
-INPUT_HEADS = (1, 0, 0, 0, 0, 1, 1, 1)
-OUTPUT_HEADS = (1, 1, 0, 1)
 
 
 def ssm_conv_torch(
@@ -65,12 +60,9 @@ def ssm_conv_chunked_op(
     chunk_len: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `Outputs` of `ssm_conv_chunked`: y, final states, states that enter the chunks, y before its gate."""
-
-    def run(inputs: list[Tensor | None]) -> Outputs:
-        return ssm_conv_chunked(Inputs(*inputs), bounds, return_state=return_state, chunk_len=chunk_len)
-
-    inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
-    y, state, entering, ungated = _or_empty(over_head_blocks(run, u, inputs, INPUT_HEADS, OUTPUT_HEADS))
+    inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    y, *others = ssm_conv_chunked(inputs, bounds, return_state=return_state, chunk_len=chunk_len)
+    state, entering, ungated = (y.new_empty(0) if other is None else other for other in others)
     return y, state, entering, ungated
 
 
@@ -120,18 +112,20 @@ def ssm_conv_chunked_backward_op(
     with_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the eight input tensors: see `ssm_conv_chunked_adjoint`."""
-
-    def run(tensors: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-        *inputs, entering, ungated, d_y, d_state = tensors
-        options = {"chunk_len": chunk_len, "with_parameters": with_parameters}
-        return ssm_conv_chunked_adjoint(Inputs(*inputs), entering, ungated, bounds, d_y, d_state, **options)
-
-    inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
-    kept = (entering if entering.numel() else None, ungated if ungated.numel() else None)
-    tensors, axes = (*inputs, *kept, d_y, d_state), (*INPUT_HEADS, 0, 1, 1, 1)
     with without_autocast(u.device):
-        gradients = over_head_blocks(run, u, tensors, axes, INPUT_HEADS)
-    d_u, d_log_a, d_b, d_c, d_d, d_in_gate, d_out_gate, d_initial_state = _or_empty(gradients)
+        gradients = ssm_conv_chunked_adjoint(
+            Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state),
+            entering if entering.numel() else None,
+            ungated if out_gate is not None else None,
+            bounds,
+            d_y,
+            d_state,
+            chunk_len=chunk_len,
+            with_parameters=with_parameters,
+        )
+    d_u, d_log_a, d_b, d_c, d_d, d_in_gate, d_out_gate, d_initial_state = (
+        u.new_empty(0) if gradient is None else gradient for gradient in gradients
+    )
     return d_u, d_log_a, d_b, d_c, d_d, d_in_gate, d_out_gate, d_initial_state
 
 
@@ -158,11 +152,6 @@ def _backward_shapes(
 
     parameters = (like(parameter, with_parameters) for parameter in (log_a, b, c, d))
     return (like(u), *parameters, like(in_gate), like(out_gate), like(initial_state))  # type: ignore[return-value]
-
-
-def _or_empty(tensors: list[Tensor | None]) -> list[Tensor]:
-    like = next(tensor for tensor in tensors if tensor is not None)
-    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
