@@ -16,6 +16,8 @@ SHAPES = [
     pytest.param({"attn_layers": ()}, id="pure"),
     pytest.param({"attn_layers": (1,), "rotary_dim": 4}, id="hybrid"),
     pytest.param({"attn_layers": (1,), "head_dim": 4}, id="head_dim-4"),
+    pytest.param({"attn_layers": (), "mixer_options": {"shift": "none"}}, id="no-shift"),
+    *(pytest.param({"attn_layers": (1,), "mixer": name}, id=name) for name in ("s4d", "s4", "dss", "gss")),
 ]
 
 
@@ -72,7 +74,7 @@ def test_a_step_is_captured_in_a_cuda_graph(cuda_model, ids, shape):
     torch.testing.assert_close(torch.cat(logits, 1), model(text).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("shape", [*SHAPES[:2], pytest.param({"mixer": "s4"}, id="s4")])
 def test_generation_with_a_static_cache_is_compiled_and_gives_the_same_tokens(cuda_model, ids, shape):
     model, prompt = cuda_model(**shape), ids(2, 9).cuda()
     options = {"max_new_tokens": 12, "do_sample": False}
