@@ -107,7 +107,7 @@ def _replayed(works: Mapping[str, Callable[[], object]]) -> Method:
 
 
 def _capture(work: Callable[[], object]) -> Callable[[], object]:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):

@@ -42,24 +42,33 @@ def write_figures(result: SuiteResult, cases: tuple[Case[Any], ...], folder: Pat
 
 
 def draw_lines(axes: Any, case: CaseResult) -> None:
-    """Median time of each method over the case's axis, both logarithmic, with a band from minimum to maximum."""
+    """Median time over the case's axis, both logarithmic, with a band from minimum to maximum.
+
+    A colour is a method, a style of line a measure.
+    """
     axis = case.axis or ""
-    keys = dict.fromkeys((row.method, row.measure) for size in case.sizes for row in size.rows)
-    for key in keys:
+    rows = [row for size in case.sizes for row in size.rows]
+    methods, measures = (
+        list(dict.fromkeys(names)) for names in zip(*((r.method, r.measure) for r in rows), strict=True)
+    )
+    for key in dict.fromkeys((row.method, row.measure) for row in rows):
         points = [
             (size.size[axis], row) for size in case.sizes for row in size.rows if (row.method, row.measure) == key
         ]
         positions = [position for position, _ in points]
-        line = axes.plot(positions, [row.median_s * 1e3 for _, row in points], marker="o", label=": ".join(key))[0]
+        colour = f"C{methods.index(key[0])}"
+        style = ("--", "-", ":", "-.")[measures.index(key[1]) % 4]
+        medians = [row.median_s * 1e3 for _, row in points]
+        axes.plot(positions, medians, style, marker="o", markersize=4, color=colour, label=": ".join(key))
         low, high = ([row.spread_s[end] * 1e3 for _, row in points] for end in (0, 3))
-        axes.fill_between(positions, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(positions, low, high, color=colour, alpha=0.12, linewidth=0)
     ticks = [size.size[axis] for size in case.sizes]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel(axis)
     axes.set_ylabel("ms (median; band: min to max)")
-    axes.legend(fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=len(methods), fontsize=7, handlelength=4)
 
 
 def draw_bars(axes: Any, case: CaseResult) -> None:
