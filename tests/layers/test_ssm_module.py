@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hippos.layers import H3, DiagonalSSM, ShiftSSM, SSMModule, ssm_diagonal
+from hippos.layers import H3, DiagonalSSM, ShiftSSM, SSMModule, h3, ssm_diagonal
 from hippos.ops import H3State
+from hippos.ops.ssm_step import h3_step_operators
 
 
 def ssm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,6 +136,23 @@ class TestMemory:
             for _ in range(5):
                 layer.step(torch.ones(1, 4), state)
         assert len(calls) == 1
+
+    def test_steps_share_what_they_prepare(self, layer, monkeypatch):
+        prepared = []
+
+        def counted(*args, **kwargs):
+            prepared.append(1)
+            return h3_step_operators(*args, **kwargs)
+
+        monkeypatch.setattr(h3, "h3_step_operators", counted)
+        with torch.no_grad():
+            state = layer.init_state(1)
+            for _ in range(5):
+                layer.step(torch.ones(1, 4), state)
+            assert len(prepared) == 1
+            layer.diag.log_dt.add_(1)
+            layer.step(torch.ones(1, 4), state)
+        assert len(prepared) == 2
 
     def test_prefill_prepares_the_steps(self, layer, calls):
         with torch.no_grad():
