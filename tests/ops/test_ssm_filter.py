@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.library import opcheck
 
 from hippos.errors import UnsupportedError
 from hippos.ops import discretise, shift_filter, ssm_conv, ssm_filter
@@ -52,7 +53,16 @@ class TestDiagonal:
     def test_gradients(self, random, impl):
         modes = leaves(*random.modes(2, 3))
         assert torch.autograd.gradcheck(lambda *tensors: ssm_filter(*tensors, 11, impl=impl), modes)
-        assert torch.autograd.gradgradcheck(lambda *tensors: ssm_filter(*tensors, 5, impl=impl), modes)
+
+    def test_second_derivative_is_refused(self, random):
+        modes = leaves(*random.modes(2, 3))
+        (d_b,) = torch.autograd.grad(ssm_filter(*modes, 5).square().sum(), modes[1], create_graph=True)
+        with pytest.raises(UnsupportedError, match="second derivative"):
+            d_b.sum().backward()
+
+    def test_operator_registration(self, random):
+        for filter_len in (1, 20):
+            opcheck(torch.ops.hippos.ssm_filter.default, (*leaves(*random.modes(2, 3)), filter_len))
 
     @pytest.mark.parametrize("impl", IMPLS)
     def test_strides_and_autocast(self, random, impl):

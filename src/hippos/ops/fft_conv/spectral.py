@@ -29,7 +29,7 @@ def fft_conv_torch(
     dtype = compute_dtype(u)
     v = u.to(dtype) if in_gate is None else u.to(dtype) * in_gate.to(dtype)
     convolve = convolve_spectra if torch.compiler.is_exporting() else spectral_conv_op
-    y: Tensor = convolve(v, ssm_filter.to(dtype), causal)
+    y, _, _ = convolve(v, ssm_filter.to(dtype), causal)
     if d is not None:
         y = torch.addcmul(y, d.to(dtype).unsqueeze(-1), v)
     return (y if out_gate is None else y * out_gate.to(dtype)).to(u.dtype)
@@ -44,56 +44,68 @@ def fft_length(seqlen: int, filter_len: int, causal: bool) -> int:
     return min(length for length in (power, power // 8 * 5, power // 4 * 3) if length >= wanted)
 
 
-def convolve_spectra(v: Tensor, ssm_filter: Tensor, causal: bool) -> Tensor:
-    """Convolve (B, H, L) with (H, K), both float32 or float64, in plain differentiable PyTorch."""
-    seqlen = v.shape[-1]
-    n_fft = fft_length(seqlen, ssm_filter.shape[-1], causal)
-    spectrum = torch.fft.rfft(v, n=n_fft) * torch.fft.rfft(ssm_filter, n=n_fft)
-    return torch.fft.irfft(spectrum, n=n_fft)[..., :seqlen].contiguous()
+def convolve_spectra(v: Tensor, ssm_filter: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolve (B, H, L) with (H, K), both float32 or float64, in plain PyTorch.
+
+    Returns:
+        The output, and the spectra of both, (B, H, F / 2 + 1, 2) and (H, F / 2 + 1, 2), pairs (re, im).
+    """
+    n_fft = fft_length(v.shape[-1], ssm_filter.shape[-1], causal)
+    spectrum, filter_spectrum = torch.fft.rfft(v, n=n_fft), torch.fft.rfft(ssm_filter, n=n_fft)
+    y = torch.fft.irfft(spectrum * filter_spectrum, n=n_fft)[..., : v.shape[-1]].contiguous()
+    return y, torch.view_as_real(spectrum), torch.view_as_real(filter_spectrum)
 
 
 @torch.library.custom_op("hippos::spectral_conv", mutates_args=())
-def spectral_conv_op(v: Tensor, ssm_filter: Tensor, causal: bool) -> Tensor:
-    """`convolve_spectra` as one node."""
+def spectral_conv_op(v: Tensor, ssm_filter: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`convolve_spectra` as one node; the spectra are for the backward pass."""
     with without_autocast(v.device):
         return convolve_spectra(v, ssm_filter, causal)
 
 
 @spectral_conv_op.register_fake
-def _forward_shape(v: Tensor, ssm_filter: Tensor, causal: bool) -> Tensor:
-    return v.new_empty(v.shape)
+def _forward_shapes(v: Tensor, ssm_filter: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n_bins = fft_length(v.shape[-1], ssm_filter.shape[-1], causal) // 2 + 1
+    spectrum, filter_spectrum = (x.new_empty(*x.shape[:-1], n_bins, 2) for x in (v, ssm_filter))
+    return v.new_empty(v.shape), spectrum, filter_spectrum
 
 
 @torch.library.custom_op("hippos::spectral_conv_backward", mutates_args=())
 def spectral_conv_backward_op(
-    v: Tensor, ssm_filter: Tensor, d_y: Tensor, causal: bool, with_filter: bool
+    spectrum: Tensor, filter_spectrum: Tensor, d_y: Tensor, filter_len: int, n_fft: int, with_filter: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of v and, unless left out (empty), of the filter: correlations of d_y with the other one."""
-    seqlen, filter_len = v.shape[-1], ssm_filter.shape[-1]
-    n_fft = fft_length(seqlen, filter_len, causal)
     d_spectrum = torch.fft.rfft(d_y, n=n_fft)
-    d_v = torch.fft.irfft(d_spectrum * torch.fft.rfft(ssm_filter, n=n_fft).conj(), n=n_fft)[..., :seqlen].contiguous()
-    if not with_filter:
-        return d_v, v.new_empty(0)
-    d_filter = torch.fft.irfft((d_spectrum * torch.fft.rfft(v, n=n_fft).conj()).sum(0), n=n_fft)
-    return d_v, d_filter[..., :filter_len].contiguous()
+    spectra = (torch.view_as_complex(spectrum), torch.view_as_complex(filter_spectrum))
+    d_filter = d_y.new_empty(0)
+    if with_filter:
+        d_filter = torch.fft.irfft((d_spectrum * spectra[0].conj()).sum(0), n=n_fft)[..., :filter_len].contiguous()
+    d_v = torch.fft.irfft(d_spectrum.mul_(spectra[1].conj()), n=n_fft)[..., : d_y.shape[-1]].contiguous()
+    return d_v, d_filter
 
 
 @spectral_conv_backward_op.register_fake
 def _backward_shapes(
-    v: Tensor, ssm_filter: Tensor, d_y: Tensor, causal: bool, with_filter: bool
+    spectrum: Tensor, filter_spectrum: Tensor, d_y: Tensor, filter_len: int, n_fft: int, with_filter: bool
 ) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), v.new_empty(ssm_filter.shape if with_filter else (0,))
+    return d_y.new_empty(d_y.shape), d_y.new_empty((d_y.shape[1], filter_len) if with_filter else (0,))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v, ssm_filter, ctx.causal = inputs
-    ctx.save_for_backward(v, ssm_filter)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    v, ssm_filter, causal = inputs
+    _, spectrum, filter_spectrum = output
+    ctx.save_for_backward(spectrum, filter_spectrum)
+    ctx.mark_non_differentiable(spectrum, filter_spectrum)
+    ctx.set_materialize_grads(False)
+    ctx.filter_len = ssm_filter.shape[-1]
+    ctx.n_fft = fft_length(v.shape[-1], ctx.filter_len, causal)
 
 
-def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, d_y: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if d_y is None:
+        return None, None, None
     with_filter = ctx.needs_input_grad[1]
-    d_v, d_filter = spectral_conv_backward_op(*ctx.saved_tensors, d_y, ctx.causal, with_filter)
+    d_v, d_filter = spectral_conv_backward_op(*ctx.saved_tensors, d_y, ctx.filter_len, ctx.n_fft, with_filter)
     return d_v, d_filter if with_filter else None, None
 
 
@@ -103,4 +115,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 spectral_conv_op.register_autograd(_backward, setup_context=_save)
 spectral_conv_backward_op.register_autograd(_refuse_second_derivative)
-stack_as_channels(spectral_conv_op, inputs=(1, 0, None), outputs=(1,))
+stack_as_channels(spectral_conv_op, inputs=(1, 0, None), outputs=(1, 1, 0))

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
+from hippos.ops.modes import Modes
 from hippos.ops.pairs import Pair, add, join_pairs, multiply, scale, split_halves
 from hippos.ops.powers import powers
 from hippos.ops.precision import without_autocast
-from hippos.ops.ssm_conv.operators import Modes, chunk_operators
+from hippos.ops.ssm_conv.operators import chunk_operators
 from hippos.ops.ssm_conv.scan import scan_states_
 
 

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
-from hippos.ops.pairs import Pair, add, join_pairs, multiply_conj, scale, split_halves
+from hippos.ops.modes import Modes
+from hippos.ops.pairs import Pair, add, multiply_conj, scale, split_halves
 from hippos.ops.powers import power
 from hippos.ops.ssm_conv.chunked import Inputs, from_halves, gated, tail_powers, to_halves
-from hippos.ops.ssm_conv.operators import ChunkOperators, Modes, chunk_operators, chunk_operators_adjoint
+from hippos.ops.ssm_conv.operators import ChunkOperators, chunk_operators, chunk_operators_adjoint
 from hippos.ops.ssm_conv.scan import scan_states_
 
 
@@ -52,7 +53,7 @@ def ssm_conv_chunked_adjoint(
         d_read = None if entering is None else torch.bmm(d_outputs, entering)
         d_modes, d_skip = chunk_operators_adjoint(modes, torch.bmm(d_outputs, samples), d_read, states.d_write)
         d_modes = d_modes._replace(log_a=add(d_modes.log_a, states.d_log_a))
-        d_log_a, d_b, d_c = (join_pairs(pair) for pair in d_modes)
+        d_log_a, d_b, d_c = d_modes.join()
     d_v = chunks.join(d_samples)
     d_u = gated(d_v, inputs.in_gate, dtype)
     d_in_gate = None if inputs.in_gate is None else gated(d_v, u, dtype)

@@ -7,30 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hippos.ops.pairs import Pair, add, conj, multiply, multiply_conj, scale, split_pairs
-from hippos.ops.powers import (
-    PowerTables,
-    expand_tables,
-    expand_tables_adjoint,
-    power,
-    power_tables,
-    taps_from_tables,
-    taps_from_tables_adjoint,
-)
+from hippos.ops.modes import Modes, filter_taps, filter_taps_adjoint
+from hippos.ops.pairs import Pair, add, conj, multiply, multiply_conj, scale
+from hippos.ops.powers import PowerTables, expand_tables, expand_tables_adjoint, power, power_tables
 from hippos.ops.toeplitz import toeplitz, toeplitz_adjoint
-
-
-class Modes(NamedTuple):
-    """An SSM's parameters as pairs (H, M) in the dtype of the arithmetic; also their gradients."""
-
-    log_a: Pair
-    b: Pair
-    c: Pair
-
-    @classmethod
-    def split(cls, log_a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Modes:
-        """Make them from the public layout (H, M, 2)."""
-        return cls(split_pairs(log_a, dtype), split_pairs(b, dtype), split_pairs(c, dtype))
 
 
 class ChunkOperators(NamedTuple):
@@ -50,7 +30,7 @@ class ChunkOperators(NamedTuple):
 def chunk_operators(modes: Modes, d: Tensor | None, chunk_len: int) -> ChunkOperators:
     """Make the operators of chunks of ``chunk_len`` samples, a power of two."""
     tables = power_tables(modes.log_a, chunk_len)
-    taps = taps_from_tables(scale(multiply(modes.c, modes.b), 2), tables)
+    taps = filter_taps(modes, tables)
     if d is not None:
         taps = torch.cat((taps[:, :1] + d.to(taps.dtype).unsqueeze(-1), taps[:, 1:]), dim=-1)
     return ChunkOperators(
@@ -66,9 +46,7 @@ def chunk_operators_adjoint(
     """Gradients of the modes and of d, shape (H,), from those of the operators (None where one was not used)."""
     tables = power_tables(modes.log_a, d_mix.shape[-1])
     d_taps = toeplitz_adjoint(d_mix)
-    zeroth, first = taps_from_tables_adjoint(d_taps, tables)
-    d_b, d_c = scale(multiply_conj(zeroth, modes.c), 2), scale(multiply_conj(zeroth, modes.b), 2)
-    d_log_a = scale(multiply_conj(first, multiply(modes.c, modes.b)), 2)
+    d_log_a, d_b, d_c = filter_taps_adjoint(modes, tables, d_taps)
     if d_write is not None:
         zeroth, first = expand_tables_adjoint(d_write, tables, descending=True)
         d_b = add(d_b, zeroth)

@@ -8,7 +8,7 @@ from torch import Tensor
 from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_impl, check_modes, check_tensor
 from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_filter.reference import ssm_filter_reference
-from hippos.ops.ssm_filter.two_level import ssm_filter_two_level
+from hippos.ops.ssm_filter.two_level import ssm_filter_torch
 
 __all__ = ["shift_filter", "ssm_filter"]
 
@@ -43,7 +43,7 @@ def ssm_filter(log_a: Tensor, b: Tensor, c: Tensor, filter_len: int, *, impl: Im
         raise TypeError(f"filter_len must be an integer, got {type(filter_len).__name__}")
     if filter_len < 1:
         raise ValueError(f"filter_len must be at least 1, got {filter_len}")
-    implementation = ssm_filter_reference if impl == "reference" else ssm_filter_two_level
+    implementation = ssm_filter_reference if impl == "reference" else ssm_filter_torch
     return implementation(log_a, b, c, filter_len)
 
 
