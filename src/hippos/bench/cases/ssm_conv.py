@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hippos.bench.harness import Clock, Context, Goal, Method, Workload
 from hippos.ops import discretise, ssm_conv, ssm_filter
+from hippos.ops.modes import Modes
 from hippos.ops.ssm_conv.chunked import choose_chunk_len
-from hippos.ops.ssm_conv.operators import Modes, chunk_operators, chunk_operators_adjoint
+from hippos.ops.ssm_conv.operators import chunk_operators, chunk_operators_adjoint
 
 FORWARD, BOTH, PART = "forward", "forward + backward", "of it, from the SSM parameters"
 # Channels are independent, so the slow float64 recurrence is run for a few of them.
