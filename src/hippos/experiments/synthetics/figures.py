@@ -38,7 +38,7 @@ def write_figures(results: Results, out: Path) -> list[Path]:
 
 
 def draw_accuracy(results: Results, path: Path) -> Path:
-    """Draw accuracy by mixer and task as bars, and below it accuracy against length, a panel a task."""
+    """Draw accuracy by mixer and task as bars, and below it, a panel a task, accuracy against length if it is known."""
     from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
     mixers, tasks = in_order(results)
@@ -48,10 +48,12 @@ def draw_accuracy(results: Results, path: Path) -> Path:
     places = figure.add_gridspec(2, 1)
     above, below = figure.add_subfigure(places[0]), figure.add_subfigure(places[1])
     _draw_bars(above.subplots(), rows, mixers, tasks, colours)
-    panels = np.atleast_1d(below.subplots(1, len(tasks), sharey=True))
-    for task, axes in zip(tasks, panels, strict=True):
-        _draw_lengths(axes, [row for row in rows if row["task"] == task], results, colours)
-    panels[0].set_ylabel("accuracy, %")
+    tested = [task for task in tasks if any(row["by_length"] for row in rows if row["task"] == task)]
+    if tested:
+        panels = np.atleast_1d(below.subplots(1, len(tested), sharey=True))
+        for task, axes in zip(tested, panels, strict=True):
+            _draw_lengths(axes, [row for row in rows if row["task"] == task], results, colours)
+        panels[0].set_ylabel("accuracy, %")
     figure.savefig(path)
     return path
 
@@ -64,16 +66,18 @@ def _draw_bars(axes: Any, rows: list[dict[str, Any]], mixers: list[str], tasks: 
         heights = [row["accuracy"] for row in own]
         low = [row["accuracy"] - row["lowest"] for row in own]
         high = [row["highest"] - row["accuracy"] for row in own]
-        bars = axes.bar(places, heights, width * 0.92, color=colours[mixer], label=MIXERS[mixer].title)
+        axes.bar(places, heights, width * 0.92, color=colours[mixer], label=MIXERS[mixer].title)
         axes.errorbar(places, heights, [low, high], fmt="none", ecolor="black", capsize=2, linewidth=0.8)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=3)
+        for place, row in zip(places, own, strict=True):
+            axes.text(place, row["highest"] + 2, f"{row['accuracy']:.0f}", ha="center", fontsize=7)
     for place, task in enumerate(tasks):
         chance = next(row["chance"] for row in rows if row["task"] == task)
         label = "guessing" if place == 0 else None
         axes.hlines(chance, place - 0.45, place + 0.45, color="black", linestyle=":", label=label)
     axes.set_xticks(range(len(tasks)), [TASKS[task].title for task in tasks], fontsize=8)
     axes.set_ylim(0, 112)
-    axes.set_ylabel("accuracy, %: median of the best tests, and range")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlabel("median of the seeds' best tests; lines: lowest to highest seed", fontsize=8)
     axes.legend(fontsize=8, ncols=min(6, len(mixers) + 1), loc="upper center", bbox_to_anchor=(0.5, 1.12))
 
 
@@ -95,7 +99,10 @@ def _draw_lengths(axes: Any, rows: list[dict[str, Any]], results: Results, colou
 
 
 def draw_recall(result: Mapping[str, Any], path: Path) -> Path:
-    """Draw how strongly each token's value reaches each output, in every H3 layer, for one test sequence."""
+    """Draw how strongly each earlier token's value reaches each output, in every H3 layer, for one test sequence.
+
+    A token's own value is left out: the skip of the SSM brings it, without any memory.
+    """
     from matplotlib.figure import Figure
 
     layers = result["recall"]
@@ -105,15 +112,16 @@ def draw_recall(result: Mapping[str, Any], path: Path) -> Path:
     size = 1.5 + 0.16 * len(ids)
     figure = Figure(figsize=(size * len(layers), size), dpi=144, layout="constrained")
     for axes, layer in zip(np.atleast_1d(figure.subplots(1, len(layers))), layers, strict=True):
-        weights = np.array(layer["weights"])
+        weights = np.tril(np.array(layer["weights"]), -1)
         weights = weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-12)
+        weights[np.triu_indices(len(ids))] = np.nan
         image = axes.imshow(weights, cmap="magma", vmin=0, vmax=1)
         axes.set_xticks(range(len(ids)), tokens, fontsize=6)
         axes.set_yticks(range(len(ids)), tokens, fontsize=6)
         axes.set_xlabel("token whose value is recalled")
         axes.set_title(f"layer {layer['layer']}", fontsize=9)
     figure.axes[0].set_ylabel("token that recalls")
-    figure.colorbar(image, ax=figure.axes, shrink=0.7, label="weight, largest of each row = 1")
+    figure.colorbar(image, ax=figure.axes, shrink=0.7, label="weight; the largest of a row is 1")
     title = f"{MIXERS[result['mixer']].title}: {TASKS[result['task']].title}"
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)

@@ -11,7 +11,7 @@ from hippos.errors import ConfigError
 from hippos.experiments.synthetics.recipes import nearest
 from hippos.models import H3Config
 
-__all__ = ["MIXERS", "ModelSize", "find_mixer", "model_config"]
+__all__ = ["MIXERS", "QUICK_SIZE", "ModelSize", "find_mixer", "model_config"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class TableMixer:
     changes: Mapping[str, Any]
     attention: str = "none"
 
+
+QUICK_SIZE = ModelSize(embedding_dropout=0.0, attention_dropout=0.0)
+"""The size of ``--quick``: without dropout, with which these models learn several times more slowly."""
 
 MIXERS: Mapping[str, TableMixer] = {
     "h3": TableMixer("H3", {}),

@@ -15,7 +15,7 @@ import torch
 
 from hippos.bench.harness.machine import available_cores, describe_machine
 from hippos.errors import ConfigError
-from hippos.experiments.synthetics.models import MIXERS, PUBLISHED, ModelSize, find_mixer
+from hippos.experiments.synthetics.models import MIXERS, PUBLISHED, QUICK_SIZE, ModelSize, find_mixer
 from hippos.experiments.synthetics.recipes import PUBLISHED as PUBLISHED_TASKS
 from hippos.experiments.synthetics.recipes import QUICK_MIXERS, QUICK_TASKS, TASKS, TableTask, find_task
 from hippos.experiments.synthetics.training import CellTraining
@@ -129,7 +129,8 @@ def make_study(
     n_seeds = (1 if quick else 3) if seeds is None else seeds
     if n_seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {n_seeds}")
-    return Study(tuple(mixers or (QUICK_MIXERS if quick else PUBLISHED)), tuple(chosen), tuple(range(n_seeds)))
+    rows = tuple(mixers or (QUICK_MIXERS if quick else PUBLISHED))
+    return Study(rows, tuple(chosen), tuple(range(n_seeds)), QUICK_SIZE if quick else ModelSize())
 
 
 def _with_epochs(task: TableTask, epochs: int) -> TableTask:

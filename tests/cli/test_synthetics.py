@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hippos.cli import app
+from hippos.data.synthetic import AssociativeRecall
+from hippos.experiments.synthetics import recipes
+from hippos.experiments.synthetics.recipes import TableTask, Training
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(app, ["synthetics", *arguments])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A table of one small column."""
+    task = TableTask(
+        "associative_recall_10",
+        "recall",
+        AssociativeRecall(vocab_size=6, input_seqlen=6),
+        Training(epochs=1, warmup_epochs=0, tests=1),
+        n_train=16,
+        n_test=8,
+        lengths=(6,),
+    )
+    monkeypatch.setitem(recipes.QUICK_TASKS, "associative_recall_10", task)
+
+
+def test_help_shows_an_example(run):
+    done = run("--help")
+    assert done.exit_code == 0
+    assert "hippos synthetics --quick" in done.output
+
+
+def test_names_are_listed(run):
+    done = run("--list")
+    assert done.exit_code == 0
+    assert "s4d" in done.output
+    assert "selective_copying" in done.output
+
+
+def test_a_table_is_computed_shown_and_not_computed_again(run, small, tmp_path):
+    arguments = ["--quick", "--mixer", "h3", "--mixer", "attention", "--jobs", "1", "--device", "cpu"]
+    done = run(*arguments, "--out", str(tmp_path / "table"))
+    assert done.exit_code == 0, done.output
+    assert "| H3 |" in done.stdout
+    assert "associative_recall_10-h3 is done (1 of 2)" in done.stderr
+    names = {path.name for path in (tmp_path / "table").iterdir()}
+    assert names == {"cells", "results.json", "results.md", "accuracy.png", "recall-h3.png"}
+    again = run(*arguments, "--out", str(tmp_path / "table"), "--json")
+    assert again.exit_code == 0, again.output
+    assert [cell["mixer"] for cell in json.loads(again.stdout)["cells"]] == ["h3", "attention"]
+    refused = run(*arguments, "--out", str(tmp_path / "table"), "--seeds", "2")
+    assert refused.exit_code == 1
+    assert "holds results of other settings" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--mixer", "s4x"], "there is no mixer 's4x'; the nearest is 's4"),
+        (["--task", "inductionhead"], "there is no task 'inductionhead'; the nearest is 'induction_head'"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--device", "tpu"], "device must be cuda or cpu, got 'tpu'"),
+    ],
+)
+def test_a_mistake_is_one_plain_line(run, tmp_path, arguments, line):
+    done = run(*arguments, "--out", str(tmp_path))
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("hippos: error: ")
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hippos.data.synthetic import AssociativeRecall
+from hippos.errors import ConfigError
+from hippos.experiments.synthetics import (
+    ModelSize,
+    Study,
+    TableTask,
+    Training,
+    make_study,
+    read_results,
+    run_study,
+    to_markdown,
+    write_figures,
+    write_pages,
+)
+from hippos.experiments.synthetics.training import CellTraining, batch_order
+
+TASK = TableTask(
+    "associative_recall_10",
+    "associative recall",
+    AssociativeRecall(vocab_size=10, input_seqlen=6),
+    Training(epochs=2, warmup_epochs=1, batch=8, lr=1e-3, tests=4),
+    n_train=20,
+    n_test=10,
+    lengths=(6, 12),
+)
+STUDY = Study(("h3", "attention"), (TASK,), (0, 1), ModelSize(d_model=8, d_state=4))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("table")
+    reports = []
+    results = run_study(STUDY, out, device="cpu", jobs=1, progress=lambda *what: reports.append(what))
+    return out, results, reports
+
+
+def test_every_pass_reads_every_example_once():
+    order = batch_order(20, 8, 3, seed=1)
+    assert order.shape == (9, 8)
+    for a_pass in order.reshape(3, -1):
+        assert sorted(a_pass[:20]) == list(range(20))
+        assert (a_pass[20:] == -1).all()
+    assert (order[:3] != order[3:6]).any()
+
+
+def test_results_hold_everything(finished):
+    _, results, _ = finished
+    assert set(results) == {"associative_recall_10-h3", "associative_recall_10-attention"}
+    h3 = results["associative_recall_10-h3"]
+    assert [row["epoch"] for row in h3["curve"]] == [0.667, 1.0, 1.333, 2.0]
+    assert [seed["seed"] for seed in h3["seeds"]] == [0, 1]
+    for number, seed in enumerate(h3["seeds"]):
+        curve = [row["accuracy"][number] for row in h3["curve"]]
+        assert (seed["best_accuracy"], seed["final_accuracy"]) == (max(curve), curve[-1])
+        assert set(seed["by_length"]) == {"6", "12"}
+    assert h3["settings"]["task"]["training"]["lr"] == 1e-3
+    assert h3["machine"]["gpu"] is None
+    assert [layer["layer"] for layer in h3["recall"]] == [0, 1]
+    # Learned positions end at the trained length.
+    assert set(results["associative_recall_10-attention"]["seeds"][0]["by_length"]) == {"6"}
+
+
+def test_progress_tells_steps_and_ends(finished):
+    _, _, reports = finished
+    assert reports[-1] == ("associative_recall_10-attention", -1)
+    assert max(steps for name, steps in reports if name.endswith("h3")) == TASK.n_steps == 6
+
+
+def test_finished_cells_are_not_computed_again(finished):
+    out, results, _ = finished
+    files = sorted((out / "cells").iterdir())
+    before = [path.stat().st_mtime_ns for path in files]
+    assert run_study(STUDY, out, device="cpu", jobs=1) == results
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_a_missing_cell_is_computed_and_the_same_again(finished, tmp_path):
+    out, results, _ = finished
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "associative_recall_10-h3.json").write_bytes(
+        (out / "cells" / "associative_recall_10-h3.json").read_bytes()
+    )
+    again = run_study(STUDY, tmp_path, device="cpu", jobs=1)
+    for key in ("curve", "seeds"):
+        assert again["associative_recall_10-attention"][key] == results["associative_recall_10-attention"][key]
+
+
+def test_results_of_other_settings_are_refused(finished):
+    out, _, _ = finished
+    longer = replace(STUDY, tasks=(replace(TASK, training=replace(TASK.training, lr=2e-3)),))
+    with pytest.raises(ConfigError, match=r"other settings: .* has task.training.lr = 0.001, now 0.002"):
+        run_study(longer, out, device="cpu")
+    with pytest.raises(ConfigError, match=r"seeds = \[0, 1\], now \[0\]"):
+        run_study(replace(STUDY, mixers=("gss",), seeds=(0,)), out, device="cpu")
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "induction_head-h3.json").write_text('{"format": 1, "seeds": ')
+    with pytest.raises(ConfigError, match=r"induction_head-h3.json is no result of this version"):
+        read_results(tmp_path)
+
+
+def test_pages_and_figures(finished, tmp_path):
+    _, results, _ = finished
+    pages = write_pages(results, tmp_path)
+    assert [path.name for path in pages] == ["results.json", "results.md"]
+    cells = json.loads(pages[0].read_text())["cells"]
+    assert [(cell["mixer"], cell["n_seeds"]) for cell in cells] == [("h3", 2), ("attention", 2)]
+    accuracy = cells[0]["accuracy"]
+    assert f"| H3 | {accuracy:.1f} |" in to_markdown(results)
+    figures = write_figures(results, tmp_path)
+    assert [path.name for path in figures] == ["accuracy.png", "recall-h3.png"]
+    assert all(path.stat().st_size > 5000 for path in figures)
+
+
+def test_a_run_ends_when_every_seed_is_without_mistakes(monkeypatch):
+    task = replace(TASK, training=replace(TASK.training, epochs=20, tests=20, solved_tests=3))
+    training = CellTraining("attention", task, (0, 1), STUDY.size, torch.device("cpu"))
+    answers = iter([[1.0, 0.5], [1.0, 1.0], [1.0, 0.9], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    monkeypatch.setattr(training.stack, "accuracies", lambda *_: torch.tensor(next(answers)))
+    monkeypatch.setattr(training, "_test_lengths", lambda: None)
+    list(training.advance())
+    assert training.result()["epochs"] == 6
+
+
+def test_the_last_batch_counts_what_it_holds():
+    """20 examples in batches of 8: a step on the last 4 equals a plain step on them."""
+    size = replace(STUDY.size, embedding_dropout=0.0, attention_dropout=0.0)
+    training = CellTraining("attention", TASK, (0,), size, torch.device("cpu"))
+    model = training.stack.one(0).train()
+    training._clock.fill_(2)
+    rows = training._order[2, 0]
+    ids, targets = (part[rows[rows >= 0]] for part in training._train)
+    assert len(ids) == 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    torch.nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), targets.flatten()).backward()
+    optimizer.param_groups[0]["lr"] = float(training._rates[2, 0])
+    optimizer.step()
+    training._step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(training.stack.parameters[name][0], parameter, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers(finished, tmp_path):
+    _, results, _ = finished
+    study = replace(STUDY, mixers=("attention", "h3"))
+    again = run_study(study, tmp_path, device="cpu", jobs=2)
+    for name, result in results.items():
+        assert again[name]["seeds"] == result["seeds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mixers": ["hyper3"]}, "no mixer 'hyper3'; the nearest is 'h3'"),
+        ({"tasks": ["induction"]}, "no task 'induction'; the nearest is 'induction_head'"),
+        ({"tasks": ["selective_copying"], "quick": True}, "no task 'selective_copying'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"mixers": ["h3", "h3"]}, "mixers must be one or more, each once, got h3, h3"),
+    ],
+)
+def test_tables_that_cannot_be(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make_study(**arguments)
+
+
+def test_devices_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="device must be cuda or cpu, got 'tpu'"):
+        run_study(STUDY, tmp_path, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="PyTorch finds none"):
+            run_study(STUDY, tmp_path, device="cuda")
+
+
+def test_the_published_table_is_the_default():
+    study = make_study()
+    assert study.mixers == ("h3", "s4d", "gss", "attention")
+    assert [task.name for task in study.tasks] == ["induction_head", "associative_recall_10", "associative_recall_20"]
+    assert study.seeds == (0, 1, 2)
+    shorter = make_study(epochs=10).tasks[0].training
+    assert (shorter.epochs, shorter.warmup_epochs) == (10, 1)
