@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -94,14 +95,17 @@ def forward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> 
         return Schedule(chunk=32, rows=64, lanes=16)
     if n_modes > 32:
         return Schedule(chunk=32 if planes == 2 else 64, rows=64, lanes=16, planes=planes)
-    # 168 registers let three programs share a multiprocessor.
-    return Schedule(chunk=64, rows=64, lanes=16, planes=planes, programs=1536, max_registers=168)
+    # 168 registers let three programs share a multiprocessor; operators in two parts leave no room for a third.
+    max_registers = 168 if planes == 1 else None
+    return Schedule(chunk=64, rows=64, lanes=16, planes=planes, programs=1536, max_registers=max_registers)
 
 
 def backward_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torch.device) -> Schedule:
     """The backward kernel's sizes; its chunk divides the forward kernel's."""
     if device.type != "cuda":
         return Schedule(chunk=16, rows=16, lanes=4)
+    if not _has_large_shared_memory(device):
+        return small_backward_schedule(dtype, n_modes)
     if dtype == torch.float32 or n_modes > 32:
         return Schedule(chunk=32, rows=64, lanes=16, programs=768)
     if 8 <= batch < 16 and dtype == torch.bfloat16:  # a larger tile holds eight sequences without splitting many
@@ -109,8 +113,22 @@ def backward_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torc
     return Schedule(chunk=64, rows=64, lanes=16, programs=768)
 
 
+def small_backward_schedule(dtype: torch.dtype, n_modes: int) -> Schedule:
+    """Sizes whose program fits into 99 KB of shared memory; compiled for such GPUs, not yet timed on one."""
+    if dtype == torch.float32:
+        return Schedule(chunk=16, rows=32, lanes=8, programs=768)
+    chunk = 64 if dtype == torch.bfloat16 and n_modes <= 32 else 32
+    return Schedule(chunk=chunk, rows=64, lanes=16, programs=768)
+
+
+@lru_cache
+def _has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may use 227 KB, as on Hopper and the Blackwell of data centres."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def most_modes(dtype: torch.dtype) -> int:
-    """The largest number of modes whose operators fit into shared memory."""
+    """The largest number of modes whose operators fit into shared memory; float32 ones are held in three parts."""
     return 32 if dtype == torch.float32 else 64
 
 
