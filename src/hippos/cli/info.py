@@ -65,7 +65,10 @@ def _devices() -> dict[str, str]:
 
 
 def _operators() -> dict[str, str]:
-    """Operator -> the implementation that ``impl="auto"`` takes on the first CUDA device, or on the CPU."""
+    """Operator -> the implementation that ``impl="auto"`` takes on the first CUDA device, or on the CPU.
+
+    Kernels run on request (docs/decisions/0011-kernels-on-request.md); it is said where there are any.
+    """
     import torch
 
     from hippos import ops
@@ -89,7 +92,7 @@ def _operators() -> dict[str, str]:
     for name, arguments in calls.items():
         try:
             getattr(ops, name)(*arguments, impl="triton")
-            taken[name] = f"triton on {device}"
+            taken[name] = f"torch on {device}, triton on request"
         except UnsupportedError:
             taken[name] = f"torch on {device}"
     return taken

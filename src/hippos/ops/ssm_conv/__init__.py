@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
@@ -109,8 +108,8 @@ def ssm_conv(
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
-        impl: "auto" takes "triton" on CUDA tensors that the kernels support and "torch" elsewhere, for packed documents
-            and in exported programs. The kernels copy a signal whose last stride is not 1.
+        impl: "auto" takes "torch". "triton" runs the GPU kernels, on CUDA tensors and without packed documents; they
+            copy a signal whose last stride is not 1.
 
     Returns:
         ``y``, shape (B, H, L), dtype of ``u``; with ``return_state``, ``(y, state)``, the state shaped like
@@ -155,9 +154,7 @@ def _takes_triton(
     u: Tensor, log_a: Tensor, bounds: list[int] | None, gates: tuple[Tensor | None, ...], impl: Impl
 ) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
-    if impl == "auto":
-        may_run = u.is_cuda and not torch.compiler.is_exporting()
-        return may_run and why_not_triton(u, log_a, bounds, gates) is None
+    # "auto" leaves them alone until all their tests have passed on a GPU (docs/decisions/0011-kernels-on-request.md).
     if impl != "triton":
         return False
     obstacle = why_not_triton(u, log_a, bounds, gates)
