@@ -159,6 +159,14 @@ class TestFolder:
         assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
+    def test_a_run_that_never_began_is_no_obstacle(self, tiny: TrainConfig, tmp_path: Path) -> None:
+        empty = tmp_path / "empty.txt"
+        empty.touch()
+        with pytest.raises(CorpusError):
+            train(replace(tiny, data=replace(tiny.data, corpus=(str(empty),))), tmp_path / "run", progress=QUIET)
+        train(tiny, tmp_path / "run", progress=QUIET)
+        assert complete_checkpoints(tmp_path / "run")
+
     def test_nothing_to_resume(self, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match=r"there is no run in .* to go on with: no run\.json"):
             train(None, tmp_path, resume=True, progress=QUIET)

@@ -64,16 +64,18 @@ def stored_config(run: Path) -> TrainConfig:
 def begin_run(config: TrainConfig, run: Path, *, overwrite: bool) -> None:
     """Claim a folder for a new run and write its configuration there.
 
+    A run that ended before its first step, for want of a text say, has nothing to lose and is replaced.
+
     Args:
         config: The configuration.
         run: The folder; made if it is not there.
         overwrite: Delete the run that it holds, if it holds one.
 
     Raises:
-        TrainingError: If the folder holds a run already.
+        TrainingError: If the folder holds a run already that has begun to train.
     """
     if holds_run(run):
-        if not overwrite:
+        if _has_begun(run) and not overwrite:
             raise TrainingError(
                 f"{run} already holds a run. To go on with it: {resume_command(run)}; to begin anew, name another "
                 "--out, or give --overwrite"
@@ -165,6 +167,11 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 def holds_run(run: Path) -> bool:
     """Whether a folder holds a run."""
     return (run / RUN_FILE).exists() or any(run.glob("checkpoint-*"))
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether the run in a folder came as far as its first step."""
+    return (run / METRICS_FILE).exists() or any(run.glob("checkpoint-*"))
 
 
 def _clear(run: Path) -> None:
