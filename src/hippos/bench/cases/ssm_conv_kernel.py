@@ -86,7 +86,7 @@ def _goal(share: float) -> Goal:
 
 
 def _gated_conv(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, d: Tensor, in_gate: Tensor, out_gate: Tensor) -> Tensor:
-    return ssm_conv(u, log_a, b, c, d, in_gate=in_gate, out_gate=out_gate)
+    return ssm_conv(u, log_a, b, c, d, in_gate=in_gate, out_gate=out_gate, impl="triton")
 
 
 def _gated_fft(
