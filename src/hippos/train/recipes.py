@@ -19,17 +19,28 @@ def demo() -> TrainConfig:
         recipe="demo",
         model=ModelConfig(
             changes={
-                "hidden_size": 128,
-                "num_hidden_layers": 4,
+                "hidden_size": 192,
+                "num_hidden_layers": 2,
                 "num_attention_heads": 4,
-                "attn_layers": (2,),
+                "attn_layers": (1,),
                 "state_size": 16,
+                "ssm_lr": 1e-2,
             }
         ),
         data=DataConfig(corpus=("stdlib",), tokenizer="bpe:2048", seqlen=256),
-        optim=OptimConfig(steps=400, batch_size=8, learning_rate=3e-3, warmup=0.05, decay_end=1.0, final=0.05),
+        # Many small steps at a high rate: what a few minutes have too little of is steps.
+        optim=OptimConfig(
+            steps=1400,
+            batch_size=4,
+            learning_rate=8e-3,
+            warmup=0.1,
+            decay_end=1.0,
+            final=0.05,
+            weight_decay=0.01,
+            beta2=0.98,
+        ),
         run=RunConfig(
-            log_steps=10, eval_steps=200, save_steps=200, baselines=True, sample_prompt="def main(", sample_tokens=120
+            log_steps=50, eval_steps=700, save_steps=700, baselines=True, sample_prompt="def main(", sample_tokens=120
         ),
     )
 
