@@ -13,7 +13,8 @@ from torch.library import opcheck
 from hippos.errors import UnsupportedError
 from hippos.ops import ssm_conv
 from hippos.ops.chunks import Chunks
-from hippos.ops.ssm_conv.chunked import Inputs
+from hippos.ops.ssm_conv.choice import takes_fft
+from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len
 from tests.ops.ssm_cases import (
     LENGTHS,
     PACKED,
@@ -213,6 +214,59 @@ class TestTorch:
         (d_u,) = torch.autograd.grad(y.square().sum(), inputs.u, create_graph=True)
         with pytest.raises(UnsupportedError, match="second derivative"):
             d_u.sum().backward()
+
+
+class TestFft:
+    """Without states and documents a short sequence takes an FFT: the same function with the same gradients."""
+
+    @pytest.fixture(autouse=True)
+    def take_fft(self, monkeypatch):
+        monkeypatch.setattr(sys.modules["hippos.ops.ssm_conv.choice"], "takes_fft", lambda u, n_modes: True)
+
+    @staticmethod
+    def run(inputs: Inputs, **options) -> dict:
+        u, log_a, b, c, d, in_gate, out_gate, _ = inputs = Inputs(*leaves(*inputs))
+        y = ssm_conv(u, log_a, b, c, d, in_gate=in_gate, out_gate=out_gate, **options)
+        functional_of(y).backward()
+        gradients = {
+            f"d_{name}": x.grad for name, x in inputs._asdict().items() if x is not None and x.grad is not None
+        }
+        return {"y": y.detach(), **gradients}
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("seqlen", [1, 2, 63, 65, 300])
+    @pytest.mark.parametrize("absent", [(), ("d",), ("in_gate",), ("out_gate",), ("d", "in_gate", "out_gate")])
+    def test_is_the_definition(self, random, seqlen, dtype, absent):
+        inputs = without(make_inputs(random, 2, seqlen, dtype=dtype), absent)
+        wanted = self.run(Inputs(*leaves(*inputs, dtype=torch.float64)), impl="reference")
+        with nan_memory():
+            found = self.run(inputs)
+        assert found["y"].dtype == dtype
+        assert_close(found, wanted)
+
+    def test_compiles_as_one_graph_and_exports(self, random):
+        class Convolve(torch.nn.Module):
+            def forward(self, *tensors):
+                return ssm_conv(*tensors)
+
+        inputs = make_inputs(random, 2, 70)[:5]
+        compiled = torch.compile(ssm_conv, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), ssm_conv(*inputs))
+        program = torch.export.export(Convolve(), inputs)
+        assert not [node for node in program.graph.nodes if "hippos" in str(node.target)]
+        torch.testing.assert_close(program.module()(*inputs), ssm_conv(*inputs))
+
+
+def test_fft_and_chunks_are_chosen_by_size():
+    def choice(seqlen, n_modes, device="cpu"):
+        return takes_fft(torch.empty(1, 1, seqlen, device=device), n_modes)
+
+    assert [choice(seqlen, 32) for seqlen in (64, 65, 2048, 2049)] == [False, True, True, False]
+    assert [choice(2048, n_modes) for n_modes in (8, 31, 32, 64)] == [False, False, True, True]
+    assert not choice(1024, 32, device="meta")
+    assert [choose_chunk_len(1, seqlen) for seqlen in (1, 2, 5, 900, 2048, 10**6)] == [1, 2, 8, 16, 32, 64]
+    assert choose_chunk_len(1, 10**6, n_docs=10**5) == 16
+    assert choose_chunk_len(64, 1024) == 64
 
 
 class TestProperties:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hippos.bench.harness import Clock, Context, Goal, Method, Workload
 from hippos.ops import discretise, ssm_conv, ssm_filter
 from hippos.ops.modes import Modes
+from hippos.ops.ssm_conv.choice import takes_fft
 from hippos.ops.ssm_conv.chunked import choose_chunk_len
 from hippos.ops.ssm_conv.operators import chunk_operators, chunk_operators_adjoint
 
@@ -52,9 +53,10 @@ def prepare_ssm_conv(size: ConvSize, context: Context, *, goals: Mapping[int, fl
     inputs, dout = _make_inputs(size, context)
     convolutions: dict[str, Convolution] = {"ssm_conv": ssm_conv, "torch.fft": fft_convolution}
     goal = goals.get(size.seqlen)
+    part = _filter_alone if takes_fft(inputs[0], size.n_modes) else _operators_alone
     return Workload(
         methods={
-            "ssm_conv": _with_part(_both_passes(ssm_conv, inputs, dout), _operators_alone(size, inputs)),
+            "ssm_conv": _with_part(_both_passes(ssm_conv, inputs, dout), part(size, inputs)),
             "torch.fft": _with_part(_both_passes(fft_convolution, inputs, dout), _filter_alone(size, inputs)),
         },
         check=lambda: {name: _error(function, inputs, dout) for name, function in convolutions.items()},

@@ -8,7 +8,7 @@ from torch import Tensor
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.h3_mix.shift_conv import shift_conv
 from hippos.ops.h3_mix.state import H3State, last_keys
-from hippos.ops.ssm_conv.chunked_op import ssm_conv_torch
+from hippos.ops.ssm_conv.choice import ssm_conv_torch
 
 
 def h3_mix_torch(

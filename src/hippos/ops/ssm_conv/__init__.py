@@ -17,7 +17,7 @@ from hippos.ops.arguments import (
     document_bounds,
 )
 from hippos.ops.ssm_conv.autograd import ssm_conv_triton, why_not_triton
-from hippos.ops.ssm_conv.chunked_op import ssm_conv_torch
+from hippos.ops.ssm_conv.choice import ssm_conv_torch
 from hippos.ops.ssm_conv.reference import ssm_conv_reference
 
 __all__ = ["ssm_conv"]

@@ -73,10 +73,11 @@ def ssm_conv_chunked(inputs: Inputs, bounds: list[int] | None, *, return_state: 
         return Outputs(gated(y, inputs.out_gate, dtype).to(u.dtype), state, entering, y)
 
 
-def choose_chunk_len(batch: int, seqlen: int) -> int:
-    """The chunk length that is fastest on a CPU: longer chunks cost more operators, shorter ones smaller products."""
-    longest = 64 if batch * seqlen >= 1024 else 32
-    return min(longest, 1 << (seqlen - 1).bit_length())
+def choose_chunk_len(batch: int, seqlen: int, n_docs: int = 1) -> int:
+    """The fastest chunk length: longer chunks cost larger operators, shorter ones more and smaller products."""
+    n_samples = batch * seqlen
+    longest = 16 if n_samples < 1024 else 32 if n_samples < 4096 else 64  # choice.py has the measurements
+    return min(longest, 1 << (max(seqlen // max(n_docs, 1), 1) - 1).bit_length())
 
 
 def gated(signal: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:

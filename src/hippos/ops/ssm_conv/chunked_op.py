@@ -14,35 +14,9 @@ from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import count_rows
 from hippos.ops.precision import without_autocast
-from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, ssm_conv_chunked
+from hippos.ops.ssm_conv.chunked import Inputs, ssm_conv_chunked
 from hippos.ops.ssm_conv.chunked_adjoint import ssm_conv_chunked_adjoint
 from hippos.ops.stacking import stack_as_channels
-
-
-def ssm_conv_torch(
-    u: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    in_gate: Tensor | None,
-    out_gate: Tensor | None,
-    initial_state: Tensor | None,
-    bounds: list[int] | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """Arguments as in `ssm_conv`, but ``bounds``, the documents' offsets on the host; checked by the caller.
-
-    Returns:
-        y and the final states; without ``return_state`` the second is an empty tensor.
-    """
-    inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
-    chunk_len = choose_chunk_len(u.shape[0], u.shape[-1])
-    if torch.compiler.is_exporting():
-        outputs = ssm_conv_chunked(inputs, bounds, return_state=return_state, chunk_len=chunk_len)
-        return outputs.y, outputs.y.new_empty(0) if outputs.state is None else outputs.state
-    y, state, _, _ = ssm_conv_chunked_op(*inputs, bounds, return_state, chunk_len)
-    return y, state
 
 
 @torch.library.custom_op("hippos::ssm_conv_chunked", mutates_args=())

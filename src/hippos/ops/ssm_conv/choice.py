@@ -1,0 +1,69 @@
+"""Which PyTorch form of the convolution runs, and with what chunk length: measured choices.
+
+Forward and backward on one core of a CPU with AVX-512 (float32, H 768, filter included), milliseconds:
+
+| M | (B, L) | FFT | chunks of 16 | of 32 | of 64 | of 128 |
+| --- | --- | --- | --- | --- | --- | --- |
+| 8 | (8, 128) | **22** | 23 | 30 | 56 | 142 |
+| 8 | (8, 256) | 66 | 59 | **55** | 69 | 207 |
+| 8 | (2, 1024) | 74 | 57 | **45** | 65 | 194 |
+| 32 | (1, 512) | **38** | 43 | 59 | 105 | 232 |
+| 32 | (8, 512) | **195** | 365 | 261 | 264 | 429 |
+| 32 | (2, 2048) | **153** | 302 | 201 | 184 | 285 |
+| 32 | (1, 4096) | 209 | 196 | **153** | 157 | 226 |
+| 32 | (2, 4096) | 443 | 581 | 412 | **289** | 389 |
+| 32 | (1, 8192) | 629 | 1048 | 289 | **252** | 332 |
+| 128 | (1, 2048) | **278** | 593 | 504 | 644 | 1051 |
+| 128 | (2, 4096) | **865** | 2618 | 1450 | 1267 | 1555 |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hippos.ops.arguments import compute_dtype
+from hippos.ops.fft_conv.spectral import fft_conv_torch
+from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, ssm_conv_chunked
+from hippos.ops.ssm_conv.chunked_op import ssm_conv_chunked_op
+from hippos.ops.ssm_filter.two_level import ssm_filter_torch
+
+MAX_FFT_LEN = 8192
+
+
+def ssm_conv_torch(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    initial_state: Tensor | None,
+    bounds: list[int] | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in `ssm_conv`, but ``bounds``, the documents' offsets on the host; checked by the caller.
+
+    Returns:
+        y and the final states; without ``return_state`` the second is an empty tensor.
+    """
+    batch, _, seqlen = u.shape
+    has_state = return_state or initial_state is not None or bounds is not None
+    if not has_state and takes_fft(u, n_modes=log_a.shape[1]):
+        dtype = compute_dtype(u)
+        taps = ssm_filter_torch(log_a.to(dtype), b.to(dtype), c.to(dtype), seqlen)
+        return fft_conv_torch(u, taps, d, in_gate, out_gate, causal=True), u.new_empty(0)
+    inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
+    chunk_len = choose_chunk_len(batch, seqlen, n_docs=1 if bounds is None else len(bounds) - 1)
+    if torch.compiler.is_exporting():
+        outputs = ssm_conv_chunked(inputs, bounds, return_state=return_state, chunk_len=chunk_len)
+        return outputs.y, u.new_empty(0) if outputs.state is None else outputs.state
+    y, state, _, _ = ssm_conv_chunked_op(*inputs, bounds, return_state, chunk_len)
+    return y, state
+
+
+def takes_fft(u: Tensor, n_modes: int) -> bool:
+    """Whether an FFT of the whole sequence is faster than chunks; many modes make chunks dear."""
+    seqlen = u.shape[-1]
+    return u.device.type == "cpu" and 64 < seqlen <= min(2 * n_modes**2, MAX_FFT_LEN)
