@@ -238,6 +238,12 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """Trainer's hook: take the weights of a checkpoint, every one of them."""
+        model = self.model if model is None else model
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+
     def restore_window(self, checkpoint: Path) -> None:
         """Take up the losses since the last row of metrics, which a checkpoint between two rows holds."""
         self._window = LossWindow(json.loads((checkpoint / _WINDOW_FILE).read_text())["losses"])

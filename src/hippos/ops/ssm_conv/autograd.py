@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
+from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.kernel_fallback import backward_without_kernels, forward_without_kernels, none
 from hippos.ops.ssm_conv.schedule import forward_schedule, most_modes, saved_shape
 from hippos.ops.stacking import stack_as_channels
