@@ -258,11 +258,12 @@ class TestFft:
 
 
 def test_fft_and_chunks_are_chosen_by_size():
-    def choice(seqlen, n_modes, device="cpu"):
-        return takes_fft(torch.empty(1, 1, seqlen, device=device), n_modes)
+    def choice(seqlen, n_modes, n_heads=1, device="cpu"):
+        return takes_fft(torch.empty(1, n_heads, seqlen, device=device), n_modes)
 
     assert [choice(seqlen, 32) for seqlen in (64, 65, 2048, 2049)] == [False, True, True, False]
     assert [choice(2048, n_modes) for n_modes in (8, 31, 32, 64)] == [False, False, True, True]
+    assert [choice(8192, n_modes, n_heads=513) for n_modes in (32, 64, 65)] == [False, False, True]
     assert not choice(1024, 32, device="meta")
     assert [choose_chunk_len(1, seqlen) for seqlen in (1, 2, 5, 900, 2048, 10**6)] == [1, 2, 8, 16, 32, 64]
     assert choose_chunk_len(1, 10**6, n_docs=10**5) == 16

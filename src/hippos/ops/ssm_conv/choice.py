@@ -1,20 +1,29 @@
 """Which PyTorch form of the convolution runs, and with what chunk length: measured choices.
 
-Forward and backward on one core of a CPU with AVX-512 (float32, H 768, filter included), milliseconds:
+Forward and backward in milliseconds, float32, H 768, the filter included, on an AMD EPYC with AVX-512; chunks of 128 were
+never the fastest. On one core:
 
-| M | (B, L) | FFT | chunks of 16 | of 32 | of 64 | of 128 |
-| --- | --- | --- | --- | --- | --- | --- |
-| 8 | (8, 128) | **22** | 23 | 30 | 56 | 142 |
-| 8 | (8, 256) | 66 | 59 | **55** | 69 | 207 |
-| 8 | (2, 1024) | 74 | 57 | **45** | 65 | 194 |
-| 32 | (1, 512) | **38** | 43 | 59 | 105 | 232 |
-| 32 | (8, 512) | **195** | 365 | 261 | 264 | 429 |
-| 32 | (2, 2048) | **153** | 302 | 201 | 184 | 285 |
-| 32 | (1, 4096) | 209 | 196 | **153** | 157 | 226 |
-| 32 | (2, 4096) | 443 | 581 | 412 | **289** | 389 |
-| 32 | (1, 8192) | 629 | 1048 | 289 | **252** | 332 |
-| 128 | (1, 2048) | **278** | 593 | 504 | 644 | 1051 |
-| 128 | (2, 4096) | **865** | 2618 | 1450 | 1267 | 1555 |
+| M | (B, L) | FFT | chunks of 16 | of 32 | of 64 |
+| --- | --- | --- | --- | --- | --- |
+| 8 | (8, 128) | **22** | 23 | 30 | 56 |
+| 8 | (8, 256) | 66 | 59 | **55** | 69 |
+| 8 | (2, 1024) | 74 | 57 | **45** | 65 |
+| 32 | (1, 512) | **38** | 43 | 59 | 105 |
+| 32 | (8, 512) | **195** | 365 | 261 | 264 |
+| 32 | (2, 2048) | **153** | 302 | 201 | 184 |
+| 32 | (1, 4096) | 209 | 196 | **153** | 157 |
+| 32 | (2, 4096) | 443 | 581 | 412 | **289** |
+| 32 | (1, 8192) | 629 | 1048 | 289 | **252** |
+| 128 | (1, 2048) | **278** | 593 | 504 | 644 |
+| 128 | (2, 4096) | **865** | 2618 | 1450 | 1267 |
+
+Signals of more than 2^22 samples, whose spectra are too large for memory to be used again, on two cores:
+
+| M | (B, L) | FFT | chunks of 16 | of 32 | of 64 |
+| --- | --- | --- | --- | --- | --- |
+| 32 | (16, 512) | 223 | 360 | 212 | **165** |
+| 32 | (8, 1024) | 241 | 385 | 219 | **188** |
+| 32 | (4, 2048) | 236 | 370 | 199 | **147** |
 """
 
 from __future__ import annotations
@@ -29,6 +38,7 @@ from hippos.ops.ssm_conv.chunked_op import ssm_conv_chunked_op
 from hippos.ops.ssm_filter.two_level import ssm_filter_torch
 
 MAX_FFT_LEN = 8192
+LARGE_SIGNAL = 2**22  # samples
 
 
 def ssm_conv_torch(
@@ -64,6 +74,8 @@ def ssm_conv_torch(
 
 
 def takes_fft(u: Tensor, n_modes: int) -> bool:
-    """Whether an FFT of the whole sequence is faster than chunks; many modes make chunks dear."""
+    """Whether an FFT of the whole sequence is faster than chunks, whose cost grows with the modes."""
     seqlen = u.shape[-1]
-    return u.device.type == "cpu" and 64 < seqlen <= min(2 * n_modes**2, MAX_FFT_LEN)
+    if u.device.type != "cpu" or not 64 < seqlen <= MAX_FFT_LEN:
+        return False
+    return n_modes > 64 if u.numel() > LARGE_SIGNAL else seqlen <= 2 * n_modes**2
