@@ -1,7 +1,7 @@
 """Which PyTorch form of the convolution runs, and with what chunk length: measured choices.
 
-Forward and backward in milliseconds, float32, H 768, the filter included, on an AMD EPYC with AVX-512 (chunks of 128
-were never the fastest). On one core:
+Forward and backward in milliseconds, float32, H 768, the filter included, on an AMD EPYC with AVX-512; chunks of 128
+were never the fastest. On one core:
 
 | M | (B, L) | FFT | chunks of 16 | of 32 | of 64 |
 | --- | --- | --- | --- | --- | --- |
