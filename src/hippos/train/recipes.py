@@ -30,7 +30,7 @@ def demo() -> TrainConfig:
         data=DataConfig(corpus=("stdlib",), tokenizer="bpe:2048", seqlen=256),
         # Many small steps at a high rate: what a few minutes have too little of is steps.
         optim=OptimConfig(
-            steps=1400,
+            steps=1250,
             batch_size=4,
             learning_rate=8e-3,
             warmup=0.1,
@@ -40,7 +40,7 @@ def demo() -> TrainConfig:
             beta2=0.98,
         ),
         run=RunConfig(
-            log_steps=50, eval_steps=700, save_steps=700, baselines=True, sample_prompt="def main(", sample_tokens=120
+            log_steps=50, eval_steps=625, save_steps=625, baselines=True, sample_prompt="def main(", sample_tokens=120
         ),
     )
 
