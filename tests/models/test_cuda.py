@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,6 +28,18 @@ def cuda_model(make_model):
     return lambda **shape: make_model(**shape).cuda()
 
 
+@contextmanager
+def no_waiting():
+    """Make every wait of the host for the device an error."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(action="ignore"):  # PyTorch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_same_logits_as_on_the_cpu(make_model, ids, shape):
@@ -42,13 +56,9 @@ def test_decoding_never_waits_for_the_device(cuda_model, ids, shape):
     cache = DynamicCache(config=model.config)
     model(text[:, :6], past_key_values=cache)
     model(text[:, 6:7], past_key_values=cache)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for t in range(7, 12):
             model(text[:, t : t + 1], past_key_values=cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,7 +17,7 @@ pytestmark = [
 def gradients(run, inputs, device, impl):
     inputs = leaves(*(x.to(device) for x in inputs))
     outputs = run(*inputs, impl=impl)
-    sum(x.sin().sum() for x in outputs).backward()
+    sum(x.square().sum() for x in outputs).backward()
     return [x.cpu() for x in (*outputs, *(x.grad for x in inputs))]
 
 
