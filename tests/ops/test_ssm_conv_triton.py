@@ -188,7 +188,13 @@ class TestGpu:
         wanted = run(Inputs(*(x.cpu() for x in inputs)), "torch", dtype=torch.float64)
         assert_accurate(inputs, run(inputs, "triton"), wanted)
 
-    @pytest.mark.parametrize("n_modes", [5, 16, 64])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_a_long_sequence_alone(self, dtype):
+        inputs = make_inputs(1, 2, 100_003, 32, dtype, "cuda")
+        wanted = run(inputs, "torch", dtype=torch.float64)
+        assert_accurate(inputs, run(inputs, "triton"), wanted)
+
+    @pytest.mark.parametrize("n_modes", [1, 5, 16, 64])
     def test_modes(self, n_modes):
         inputs = make_inputs(2, 3, 1000, n_modes, torch.bfloat16, "cuda")
         wanted = run(Inputs(*(x.cpu() for x in inputs)), "torch", dtype=torch.float64)
@@ -223,7 +229,7 @@ class TestGpu:
 
     def test_compiled_without_a_break(self):
         inputs = Inputs(*leaves(*make_inputs(2, 4, 500, 32, torch.bfloat16, "cuda")))
-        call = lambda *x: ssm_conv(*x[:5], in_gate=x[5], out_gate=x[6], initial_state=x[7])  # noqa: E731
+        call = lambda *x: ssm_conv(*x[:5], in_gate=x[5], out_gate=x[6], initial_state=x[7], impl="triton")  # noqa: E731
         y = torch.compile(call, fullgraph=True)(*inputs)
         y.float().square().sum().backward()
         wanted = call(*inputs)
@@ -236,7 +242,8 @@ class TestGpu:
 
     def test_captured_by_a_cuda_graph(self):
         inputs = make_inputs(2, 4, 500, 32, torch.bfloat16, "cuda", absent=("initial_state",))
-        call = lambda: ssm_conv(*inputs[:5], in_gate=inputs.in_gate, out_gate=inputs.out_gate)  # noqa: E731
+        gates = {"in_gate": inputs.in_gate, "out_gate": inputs.out_gate}
+        call = lambda: ssm_conv(*inputs[:5], **gates, impl="triton")  # noqa: E731
         wanted = call().clone()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
