@@ -225,8 +225,8 @@ class TestConfiguration:
             ({"mixer": "s4d", "mixer_options": {"bidirectional": True}}, "mixer 's4d' has no option 'bidirectional'"),
             ({"mixer": "dss", "mixer_options": {"form": "softmax"}}, "needs the length l_max"),
             ({"mixer": "gss", "mixer_options": {"n_heads": 0}}, "n_heads must be at least 2"),
-            ({"learned_positions": -1}, "learned_positions must be at least 0, got -1"),
-            ({"learned_positions": 4.0}, "learned_positions must be an integer, got 4.0"),
+            ({"learned_positions": -1}, "learned_positions must be an integer, at least 0, got -1"),
+            ({"learned_positions": 4.0}, "learned_positions must be an integer, at least 0, got 4.0"),
         ],
     )
     def test_wrong_fields_are_refused(self, fields, message):

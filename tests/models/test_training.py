@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
+from hippos.errors import UnsupportedError
 from hippos.layers import param_groups
 from hippos.models import H3Config, H3ForCausalLM
 
@@ -47,6 +50,49 @@ def test_loss_is_the_mean_over_tokens_that_count(make_model, ids):
     torch.testing.assert_close(summed, -log_p[counts].sum() / 4)
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     torch.testing.assert_close(model(text, labels=labels, shift_labels=shifted).loss, out.loss)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 100])
+def test_chunked_loss_is_the_loss(make_model, ids, shape, chunk_tokens):
+    model = make_model(padded_vocab_size=104, **shape).double().train()
+    text = ids(3, 9)
+    labels = text.clone()
+    labels[1, 4:] = -100
+    whole = model(text, labels=labels)
+    whole.loss.backward()
+    wanted = gradients(model)
+    model.config.loss_chunk_tokens = chunk_tokens
+    out = model(text, labels=labels)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, whole.loss, rtol=1e-13, atol=0)
+    out.loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-12)
+    assert model(text).logits.shape == (3, 9, 97)
+    assert model(text, labels=labels, loss_chunk_tokens=0).logits.shape == (3, 9, 97)
+
+
+def test_chunked_loss_knows_documents_shifts_and_counts(make_model, ids):
+    model = make_model(attn_layers=(1,)).double()
+    text = ids(1, 12)
+    shifted = ids(1, 12)
+    for arguments in (
+        {"cu_seq_lens_q": torch.tensor([0, 5, 12])},
+        {"shift_labels": shifted},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"num_items_in_batch": 7, "position_ids": torch.tensor([[*range(4), *range(8)]])},
+        {"return_dict": False},
+    ):
+        whole = model(text, labels=text, **arguments)[0]
+        torch.testing.assert_close(model(text, labels=text, loss_chunk_tokens=5, **arguments)[0], whole)
+
+
+def test_chunked_loss_of_a_replaced_head_is_refused(make_model, ids):
+    model = make_model(loss_chunk_tokens=4)
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+    with pytest.raises(UnsupportedError, match="loss_chunk_tokens needs the model's own loss_function"):
+        model(ids(1, 4), labels=ids(1, 4))
 
 
 def test_logits_to_keep(make_model, ids):
@@ -168,6 +214,7 @@ def test_lora(make_model, ids, targets):
     text = ids(2, 9)
     model = make_model()
     before = model(text).logits
+    torch.manual_seed(0)  # PEFT draws its matrices
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     torch.testing.assert_close(tuned(text).logits, before)  # LoRA starts at nothing
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
@@ -224,3 +271,26 @@ def test_resizing_by_nothing(make_model):
     model = make_model()
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     assert model.config.padded_vocab_size == 104
+
+
+_MEASURE = """
+import resource, sys, torch
+from hippos import H3Config, H3ForCausalLM
+torch.manual_seed(0)
+config = H3Config(vocab_size=20000, hidden_size=32, num_hidden_layers=1, state_size=4)
+model, text = H3ForCausalLM(config).train(), torch.randint(20000, (1, 4096))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(text, labels=text, loss_chunk_tokens=int(sys.argv[1])).loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_chunked_loss_never_holds_the_logits_whole():
+    grown_kib = {
+        chunk: int(subprocess.run([sys.executable, "-c", _MEASURE, chunk], capture_output=True, check=True).stdout)
+        for chunk in ("0", "256")
+    }
+    logits_kib = 4096 * 20000 * 4 / 1024
+    assert grown_kib["0"] > 2 * logits_kib
+    assert grown_kib["256"] < 0.5 * logits_kib

@@ -59,6 +59,8 @@ class H3Config(PreTrainedConfig):
         initializer_range: Standard deviation of the initial Linear and Embedding weights.
         rescale_mixer_out_proj: Divide the initial ``out_proj`` of the SSM layers by sqrt(2 num_hidden_layers), as is
             always done for attention's and for the MLP's last product. The reference leaves the SSM layers out.
+        loss_chunk_tokens: Tokens whose logits exist at a time where the loss is computed from ``labels``; no logits are
+            returned then. 0: all tokens', which are returned.
         tie_word_embeddings: The output product uses the embedding.
         use_cache: Return states and keys by default, outside training.
         bos_token_id: Token that begins a text.
@@ -101,6 +103,7 @@ class H3Config(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     rescale_mixer_out_proj: bool = False
+    loss_chunk_tokens: int = 0
     tie_word_embeddings: bool = True
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -192,10 +195,8 @@ class H3Config(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range", "rotary_base", "dt_min", "dt_max"):
             _check_number(name, getattr(self, name), above=0.0)
         _check_number("ssm_lr", self.ssm_lr, low=0.0)
-        if isinstance(self.learned_positions, bool) or not isinstance(self.learned_positions, int):
-            raise ConfigError(f"learned_positions must be an integer, got {self.learned_positions!r}")
-        if self.learned_positions < 0:
-            raise ConfigError(f"learned_positions must be at least 0, got {self.learned_positions}")
+        for name in ("learned_positions", "loss_chunk_tokens"):
+            _check_count(name, getattr(self, name), low=0)
         if self.padded_vocab_size is not None and self.padded_vocab_size < self.vocab_size:
             raise ConfigError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
 
@@ -249,9 +250,10 @@ def _choose_layer_types(
     return chosen
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+def _check_count(name: str, value: object, *, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        wanted = "a positive integer" if low == 1 else f"an integer, at least {low}"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _check_number(

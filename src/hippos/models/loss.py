@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import fixed_cross_entropy
 
+from hippos.ops import linear_cross_entropy
+
 
 def next_token_loss(
     logits: Tensor,
@@ -34,3 +36,44 @@ def next_token_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
     return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index)
+
+
+def chunked_next_token_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    *,
+    chunk_tokens: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """Give what `next_token_loss` gives, from hidden states, without the logits ever being there whole.
+
+    Args:
+        hidden_states: Shape (B, L, D).
+        weight: Of the output product, shape (padded_vocab_size, D).
+        labels: Ids, shape (B, L), aligned with the input; shifted by one here.
+        vocab_size: Rows of ``weight`` that are tokens.
+        chunk_tokens: Tokens whose logits exist at a time.
+        num_items_in_batch: Divisor of the summed loss; None for the mean over the tokens that count.
+        ignore_index: The label of tokens that do not count.
+        shift_labels: Ids, shape (B, L), already shifted, in place of ``labels``.
+
+    Returns:
+        The loss in nats, without axes, float32 or float64.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden_states.device)
+    total = linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        weight,
+        targets,
+        vocab_size=vocab_size,
+        chunk_tokens=chunk_tokens,
+        ignore_index=ignore_index,
+    )
+    n_tokens = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (n_tokens.to(total.device) if isinstance(n_tokens, Tensor) else n_tokens)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from hippos.errors import UnsupportedError
 from hippos.layers import SSMModule
 from hippos.layers.projections import project_tokens
 from hippos.models.attention import CachedSelfAttention
@@ -19,7 +20,7 @@ from hippos.models.block import H3Block
 from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
-from hippos.models.loss import next_token_loss
+from hippos.models.loss import chunked_next_token_loss, next_token_loss
 from hippos.models.tokens import check_positions, check_tokens, check_vocabulary
 
 
@@ -270,6 +271,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_chunk_tokens: int | None = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict the next token of texts; what is not listed is as in `H3Model.forward`.
@@ -294,6 +296,8 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             max_length_q: Not read.
             max_length_k: Not read.
             num_items_in_batch: The loss is the sum over tokens divided by this, instead of the mean.
+            loss_chunk_tokens: Compute the loss for so many tokens at a time, so that the logits never exist whole (and
+                are None in the output); 0 for all at once. None: ``config.loss_chunk_tokens``.
             **loss_kwargs: For the model's ``loss_function``.
 
         Returns:
@@ -302,6 +306,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: As `H3Model.forward`.
             TypeError: As `H3Model.forward`; also for an argument that nobody reads.
+            UnsupportedError: If the loss is asked for in chunks and ``lm_head`` or ``loss_function`` was replaced.
         """
         if loss_kwargs and labels is None:
             raise TypeError(f"H3ForCausalLM.forward got unexpected arguments {', '.join(loss_kwargs)}")
@@ -323,16 +328,20 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             kept = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         else:
             kept = hidden_states[:, logits_to_keep]
-        logits = project_tokens(self.lm_head, kept)[..., : self.config.vocab_size]
-        loss = None
+        loss, logits = None, None
         if labels is not None:
             is_packable = past_key_values is None and read_padding(attention_mask, labels, None).real is None
             if is_packable and labels.shape == hidden_states.shape[:2]:
                 is_first = find_first_tokens(labels, position_ids, seq_idx, cu_seq_lens_q)
                 labels = labels if is_first is None else labels.masked_fill(is_first, -100)
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, **loss_kwargs
-            )
+            loss_kwargs["num_items_in_batch"] = num_items_in_batch
+            chunk_tokens = self.config.loss_chunk_tokens if loss_chunk_tokens is None else loss_chunk_tokens
+            if chunk_tokens:
+                loss = self._chunked_loss(kept, labels, chunk_tokens, loss_kwargs)
+        if loss is None:
+            logits = project_tokens(self.lm_head, kept)[..., : self.config.vocab_size]
+            if labels is not None:
+                loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -342,6 +351,17 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def _chunked_loss(self, kept: Tensor, labels: Tensor, chunk_tokens: int, loss_kwargs: dict[str, Any]) -> Tensor:
+        """The loss without whole logits; asks for the plain product and the plain loss that it takes apart."""
+        if type(self.lm_head) is not nn.Linear or self.loss_function is not next_token_loss:
+            raise UnsupportedError(
+                "loss_chunk_tokens needs the model's own loss_function and a plain nn.Linear as lm_head, got "
+                f"{type(self.lm_head).__name__}; pass loss_chunk_tokens=0"
+            )
+        return chunked_next_token_loss(
+            kept, self.lm_head.weight, labels, self.config.vocab_size, chunk_tokens=chunk_tokens, **loss_kwargs
+        )
 
     def prepare_inputs_for_generation(
         self,

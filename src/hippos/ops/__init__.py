@@ -5,6 +5,7 @@ takes ``impl``: "reference" is the definition, "torch" is fast on any device, "a
 """
 
 from hippos.ops.arguments import Impl
+from hippos.ops.cross_entropy import linear_cross_entropy
 from hippos.ops.discretise import discretise
 from hippos.ops.fft_conv import fft_conv
 from hippos.ops.h3_mix import H3State, h3_mix
@@ -23,6 +24,7 @@ __all__ = [
     "fft_conv",
     "h3_mix",
     "h3_step",
+    "linear_cross_entropy",
     "shift_filter",
     "ssm_conv",
     "ssm_filter",

@@ -1,0 +1,43 @@
+"""Device code: the loss of a row of logits and, in its place, the gradient."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_cross_entropy_kernel(
+    logits_ptr, targets_ptr, nll_ptr,
+    stride_row, vocab_size, n_columns, ignore_index,
+    WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of logits: its nll, and the row overwritten with softmax minus one-hot.
+
+    Columns from ``vocab_size`` on only fill up: they have no probability and no gradient.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    target = tl.load(targets_ptr + row)
+    counts = target != ignore_index
+    offs = tl.arange(0, BLOCK)
+    # Finite, because a lane that has seen nothing would subtract -inf from -inf.
+    largest = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        column = start + offs
+        x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, x)
+        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        largest = new
+    peak = tl.max(largest, axis=0)
+    log_sum = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
+    at_target = tl.load(row_ptr + tl.where(counts, target, 0)).to(tl.float32)
+    tl.store(nll_ptr + row, tl.where(counts, log_sum - at_target, 0.0))
+    if WANTS_GRAD:
+        tl.debug_barrier()  # the target's logit is read by all before it is overwritten
+        for start in range(0, n_columns, BLOCK):
+            column = start + offs
+            inside = column < n_columns
+            x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(x - log_sum) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(counts, gradient, 0.0)
+            tl.store(row_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
