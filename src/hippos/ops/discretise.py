@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.stacking import stack_as_channels
 
 Discretisation = Literal["bilinear", "zoh"]
 
@@ -78,14 +81,7 @@ def _log_ratio(numerator: Tensor, denominator: Tensor, difference: Tensor) -> Te
 def _zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     log_a = A * dt.unsqueeze(-1)
     x, y = log_a.unbind(-1)
-    growth_re, growth_im = exp_minus_one(x, y)
-    # The quotient's derivative loses digits like eps / |z|, so a power series takes over near 0 (and at A = 0).
-    modulus = x.square() + y.square()
-    is_near = modulus < SERIES_RADIUS**2
-    safe = torch.where(is_near, 1.0, modulus)
-    near_re, near_im = _phi_series(torch.where(is_near, x, 0.0), torch.where(is_near, y, 0.0))
-    phi_re = torch.where(is_near, near_re, (growth_re * x + growth_im * y) / safe)
-    phi_im = torch.where(is_near, near_im, (growth_im * x - growth_re * y) / safe)
+    phi_re, phi_im = (zoh_gain if torch.compiler.is_exporting() else zoh_gain_op)(x, y)
     B_re, B_im = (B * dt.unsqueeze(-1)).unbind(-1)
     b = torch.stack((phi_re * B_re - phi_im * B_im, phi_re * B_im + phi_im * B_re), dim=-1)
     return log_a, b
@@ -98,10 +94,104 @@ def exp_minus_one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return re, torch.exp(x) * torch.sin(y)
 
 
-def _phi_series(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(exp(z) - 1) / z = sum_k z^k / (k + 1)! for |z| <= SERIES_RADIUS, z = x + iy, by Horner's rule."""
-    n_terms = 15 if x.dtype == torch.float64 else 9
-    phi_re, phi_im = torch.ones_like(x), torch.zeros_like(x)
-    for k in range(n_terms, 1, -1):
-        phi_re, phi_im = 1 + (x * phi_re - y * phi_im) / k, (x * phi_im + y * phi_re) / k
-    return phi_re, phi_im
+def zoh_gain(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(z) = (exp(z) - 1) / z of z = x + iy as (re, im), and 1 at z = 0; any shape."""
+    near, inverse = _split_by_size(x, y)
+    far = _multiply(exp_minus_one(x, y), inverse)
+    return _choose(near, _series(near, _gain_coefficients(x.dtype)), far)
+
+
+def _zoh_gain_slope(x: Tensor, y: Tensor, phi: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The derivative phi'(z) = (exp(z) - phi(z)) / z, which loses digits like eps / |z| where no series takes over."""
+    near, inverse = _split_by_size(x, y)
+    growth_re, growth_im = exp_minus_one(x, y)
+    far = _multiply((growth_re + 1 - phi[0], growth_im - phi[1]), inverse)
+    coefficients = _gain_coefficients(x.dtype)
+    return _choose(near, _series(near, [k * c for k, c in enumerate(coefficients)][1:]), far)
+
+
+class _Near(NamedTuple):
+    """Where |z| <= SERIES_RADIUS, and z there, 0 elsewhere."""
+
+    is_near: Tensor
+    x: Tensor
+    y: Tensor
+
+
+def _split_by_size(x: Tensor, y: Tensor) -> tuple[_Near, tuple[Tensor, Tensor]]:
+    """Give small z for a series, and 1 / z for the others."""
+    modulus = x.square() + y.square()
+    is_near = modulus < SERIES_RADIUS**2
+    safe = torch.where(is_near, 1.0, modulus)
+    return _Near(is_near, torch.where(is_near, x, 0.0), torch.where(is_near, y, 0.0)), (x / safe, -y / safe)
+
+
+def _choose(near: _Near, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    re, im = (torch.where(near.is_near, one, other) for one, other in zip(inside, outside, strict=True))
+    return re, im
+
+
+def _multiply(z: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(z[0] * w[0], z[1], w[1], value=-1), torch.addcmul(z[0] * w[1], z[1], w[0])
+
+
+def _gain_coefficients(dtype: torch.dtype) -> list[float]:
+    """1 / (k + 1)!, as many as a sum over |z| <= SERIES_RADIUS and its derivative need in ``dtype``."""
+    return [1 / math.factorial(k + 1) for k in range(16 if dtype == torch.float64 else 10)]
+
+
+def _series(near: _Near, coefficients: list[float]) -> tuple[Tensor, Tensor]:
+    """sum_k coefficients[k] z^k by Horner's rule, real coefficients."""
+    _, x, y = near
+    re, im = x * coefficients[-1] + coefficients[-2], y * coefficients[-1]
+    for coefficient in coefficients[-3::-1]:
+        re, im = (
+            torch.addcmul(torch.addcmul(torch.full_like(x, coefficient), x, re), y, im, value=-1),
+            torch.addcmul(x * im, y, re),
+        )
+    return re, im
+
+
+@torch.library.custom_op("hippos::zoh_gain", mutates_args=())
+def zoh_gain_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`zoh_gain` as one node: automatic differentiation of the series takes hundreds of small steps."""
+    return zoh_gain(x, y)
+
+
+@zoh_gain_op.register_fake
+def _gain_shapes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("hippos::zoh_gain_backward", mutates_args=())
+def zoh_gain_backward_op(
+    x: Tensor, y: Tensor, phi_re: Tensor, phi_im: Tensor, d_re: Tensor, d_im: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and y: those of the outputs times the conjugate of the derivative."""
+    slope_re, slope_im = _zoh_gain_slope(x, y, (phi_re, phi_im))
+    return _multiply((d_re, d_im), (slope_re, -slope_im))
+
+
+@zoh_gain_backward_op.register_fake
+def _gain_gradient_shapes(
+    x: Tensor, y: Tensor, phi_re: Tensor, phi_im: Tensor, d_re: Tensor, d_im: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _save_gain(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gain_backward(ctx: Any, d_re: Tensor, d_im: Tensor) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = zoh_gain_backward_op(*ctx.saved_tensors, d_re, d_im)
+    return gradients
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise UnsupportedError("discretise has no second derivative with method='zoh'; method='bilinear' has")
+
+
+zoh_gain_op.register_autograd(_gain_backward, setup_context=_save_gain)
+zoh_gain_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(zoh_gain_op, inputs=(0, 0), outputs=(0, 0), any_strides=True)

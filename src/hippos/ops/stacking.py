@@ -15,7 +15,12 @@ from torch.library import CustomOpDef  # type: ignore[attr-defined]  # documente
 
 
 def stack_as_channels(
-    op: CustomOpDef, inputs: Sequence[int | None], outputs: Sequence[int], *, saves: int | None = None
+    op: CustomOpDef,
+    inputs: Sequence[int | None],
+    outputs: Sequence[int],
+    *,
+    saves: int | None = None,
+    any_strides: bool = False,
 ) -> None:
     """Register for `torch.vmap` that an operator acts on each channel alone.
 
@@ -25,11 +30,16 @@ def stack_as_channels(
         outputs: For each result, the axis of its channels. A result without elements has none and stays as it is.
         saves: Place of the argument that says whether a gradient will be wanted, if there is one. It is set here, as
             tensors inside of `torch.vmap` don't tell.
+        any_strides: Whether the operator reads tensors as they lie; if not, it is given contiguous ones.
     """
+
+    def fold(tensor: Tensor, stacked: int | None, channels: int, n_stacked: int) -> Tensor:
+        folded = _fold(tensor, stacked, channels, n_stacked)
+        return folded if any_strides else folded.contiguous()
 
     def in_one_call(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         folded = [
-            argument if channels is None or argument is None else _fold(argument, stacked, channels, info.batch_size)
+            argument if channels is None or argument is None else fold(argument, stacked, channels, info.batch_size)
             for argument, stacked, channels in zip(arguments, in_dims, inputs, strict=True)
         ]
         if saves is not None:
@@ -50,9 +60,9 @@ def stack_as_channels(
 
 
 def _fold(tensor: Tensor, stacked: int | None, channels: int, n_stacked: int) -> Tensor:
-    """Bring the axis of the stack before that of the channels, and make one axis of the two; contiguous."""
+    """Bring the axis of the stack before that of the channels, and make one axis of the two."""
     if stacked is None:
         tensor = tensor.unsqueeze(channels).expand(*tensor.shape[:channels], n_stacked, *tensor.shape[channels:])
     else:
         tensor = tensor.movedim(stacked, channels)
-    return tensor.flatten(channels, channels + 1).contiguous()
+    return tensor.flatten(channels, channels + 1)

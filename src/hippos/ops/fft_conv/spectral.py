@@ -14,6 +14,7 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.precision import without_autocast
+from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.stacking import stack_as_channels
 
 
@@ -28,11 +29,19 @@ def fft_conv_torch(
     """Arguments as in `fft_conv`."""
     dtype = compute_dtype(u)
     v = u.to(dtype) if in_gate is None else u.to(dtype) * in_gate.to(dtype)
-    convolve = convolve_spectra if torch.compiler.is_exporting() else spectral_conv_op
-    y, _, _ = convolve(v, ssm_filter.to(dtype), causal)
+    if causal and v.shape[-1] <= SHORT_LEN:
+        y = short_conv(v, ssm_filter.to(dtype))
+    else:
+        y = _convolve(v, ssm_filter.to(dtype), causal)
     if d is not None:
         y = torch.addcmul(y, d.to(dtype).unsqueeze(-1), v)
     return (y if out_gate is None else y * out_gate.to(dtype)).to(u.dtype)
+
+
+def _convolve(v: Tensor, ssm_filter: Tensor, causal: bool) -> Tensor:
+    convolve = convolve_spectra if torch.compiler.is_exporting() else spectral_conv_op
+    y, _, _ = convolve(v, ssm_filter, causal)
+    return y
 
 
 def fft_length(seqlen: int, filter_len: int, causal: bool) -> int:

@@ -16,6 +16,7 @@ from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
 from hippos.ops.precision import without_autocast
+from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.toeplitz import band, band_adjoint
 
@@ -34,6 +35,9 @@ def shift_conv(k: Tensor, taps: Tensor, past: Tensor | None, bounds: list[int] |
     Returns:
         Shifted keys, shape (B, D, L), in the dtype of the arithmetic.
     """
+    if past is None and bounds is None and k.shape[-1] <= SHORT_LEN:
+        dtype = compute_dtype(k)
+        return short_conv(k.to(dtype), taps.to(dtype))
     if torch.compiler.is_exporting():
         return shift_conv_chunked(k, taps, past, bounds)
     return shift_conv_op(k, taps, past, bounds)

@@ -108,8 +108,8 @@ def ssm_conv(
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
-        impl: "auto" takes "torch": chunks, or on a CPU an FFT where that is faster (short sequences, no states, no
-            documents; choice.py has the measurements). "triton" runs the GPU kernels, on CUDA tensors and without
+        impl: "auto" takes "torch": chunks, or, without states and documents, one product up to 64 samples and on a CPU
+            an FFT where that is faster (choice.py has the measurements). "triton" runs the GPU kernels, on CUDA tensors and without
             packed documents; they copy a signal whose last stride is not 1.
 
     Returns:

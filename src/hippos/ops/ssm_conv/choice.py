@@ -1,6 +1,8 @@
 """Which PyTorch form of the convolution runs, and with what chunk length: measured choices.
 
-Forward and backward in milliseconds, float32, H 768, the filter included, on an AMD EPYC with AVX-512; chunks of 128
+Up to 64 samples without states take one product with the filter's Toeplitz matrix (short_conv.py), what a chunk would
+do without the operators that pass states. For longer ones,
+forward and backward in milliseconds, float32, H 768, the filter included, on an AMD EPYC with AVX-512; chunks of 128
 were never the fastest. On one core:
 
 | M | (B, L) | FFT | chunks of 16 | of 32 | of 64 |
@@ -33,7 +35,8 @@ from torch import Tensor
 
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.fft_conv.spectral import fft_conv_torch
-from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, ssm_conv_chunked
+from hippos.ops.short_conv import SHORT_LEN, short_conv
+from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, gated, ssm_conv_chunked
 from hippos.ops.ssm_conv.chunked_op import ssm_conv_chunked_op
 from hippos.ops.ssm_filter.two_level import ssm_filter_torch
 
@@ -60,9 +63,15 @@ def ssm_conv_torch(
     """
     batch, _, seqlen = u.shape
     has_state = return_state or initial_state is not None or bounds is not None
-    if not has_state and takes_fft(u, n_modes=log_a.shape[1]):
+    takes_product = not has_state and seqlen <= SHORT_LEN
+    if takes_product or (not has_state and takes_fft(u, n_modes=log_a.shape[1])):
         dtype = compute_dtype(u)
         taps = ssm_filter_torch(log_a.to(dtype), b.to(dtype), c.to(dtype), seqlen)
+        if takes_product:
+            if d is not None:
+                taps = torch.cat((taps[:, :1] + d.to(dtype).unsqueeze(-1), taps[:, 1:]), dim=-1)
+            y = short_conv(gated(u, in_gate, dtype), taps)
+            return gated(y, out_gate, dtype).to(u.dtype), u.new_empty(0)
         return fft_conv_torch(u, taps, d, in_gate, out_gate, causal=True), u.new_empty(0)
     inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
     chunk_len = choose_chunk_len(batch, seqlen, n_docs=1 if bounds is None else len(bounds) - 1)

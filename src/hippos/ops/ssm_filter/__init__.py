@@ -71,7 +71,8 @@ def shift_filter(b: Tensor, c: Tensor) -> Tensor:
     d_state = b.shape[1]
     if d_state < 1:
         raise ValueError(f"the shift SSM needs at least one state, got shape {tuple(b.shape)}")
-    # Row n of the Hankel matrix holds c[n:], zero beyond the end, so that the product sums c[n + l] b[n].
-    hankel = torch.nn.functional.pad(c, (0, d_state - 1)).unfold(-1, d_state, 1)  # (D, N, N)
+    # Row n of the Hankel matrix holds c[n:], zero beyond the end, so that the product sums c[n + l] b[n]. Its entries
+    # are copied out: a CPU multiplies overlapping rows one matrix after the other.
+    hankel = torch.nn.functional.pad(c, (0, d_state - 1)).unfold(-1, d_state, 1).contiguous()  # (D, N, N)
     with without_autocast(b.device):
-        return torch.einsum("dn,dnl->dl", b, hankel)
+        return torch.bmm(b.unsqueeze(1), hankel).squeeze(1)
