@@ -85,6 +85,7 @@ def test_a_step_is_captured_in_a_cuda_graph(cuda_model, ids, shape):
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # advice of the compiler, for float32 models
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # of the compiler's own graphs
 @pytest.mark.parametrize("shape", [*SHAPES[:2], pytest.param({"mixer": "s4"}, id="s4")])
 def test_generation_with_a_static_cache_is_compiled_and_gives_the_same_tokens(cuda_model, ids, shape):
     model, prompt = cuda_model(**shape), ids(2, 9).cuda()
