@@ -109,8 +109,8 @@ def ssm_conv(
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
         impl: "auto" takes "torch": chunks, or, without states and documents, one product up to 64 samples and on a CPU
-            an FFT where that is faster (choice.py has the measurements). "triton" runs the GPU kernels, on CUDA tensors and without
-            packed documents; they copy a signal whose last stride is not 1.
+            an FFT where that is faster (choice.py has the measurements). "triton" runs the GPU kernels, on CUDA
+            tensors and without packed documents; they copy a signal whose last stride is not 1.
 
     Returns:
         ``y``, shape (B, H, L), dtype of ``u``; with ``return_state``, ``(y, state)``, the state shaped like
