@@ -32,7 +32,9 @@ class DiagonalStep(NamedTuple):
     def make(cls, log_a: Tensor, b: Tensor, c: Tensor, d: Tensor | None) -> DiagonalStep:
         """Make them from the arguments of `ssm_step`."""
         a = join_pairs(power(split_pairs(log_a, log_a.dtype), 1))
-        return cls(a, b, c * c.new_tensor((2.0, -2.0)), d)
+        # Made from scalars, as a tensor of the two factors would be copied from the host.
+        read = torch.stack((2 * c[..., 0], -2 * c[..., 1]), dim=-1)
+        return cls(a, b.contiguous(), read, None if d is None else d.contiguous())
 
     def for_products(self) -> DiagonalStep:
         """Insert the two axes of a head's products k'_i v_j."""
@@ -61,11 +63,16 @@ def ssm_step_in_place(u: Tensor, state: Tensor, operators: DiagonalStep) -> Tens
 
 
 @torch.no_grad()
-def h3_step_in_place(q: Tensor, k: Tensor, v: Tensor, state: H3State, operators: H3Step) -> Tensor:
+def h3_step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, state: H3State, operators: H3Step, ring_position: Tensor | None = None
+) -> Tensor:
     """Arguments as in `h3_step`, the parameters prepared."""
     dtype = compute_dtype(q)
     query, value = q.to(dtype), v.to(dtype)
-    shifted = _shift(k.to(dtype), state.shift, operators.taps)
+    if ring_position is None or state.shift.shape[-1] == 0:
+        shifted = _shift(k.to(dtype), state.shift, operators.taps)
+    else:
+        shifted = _shift_in_ring(k.to(dtype), state.shift, operators.taps, ring_position)
     if operators.head_dim == 1:
         return _advance(shifted.mul_(value), state.diag, operators.diag).mul_(query).to(q.dtype)
     heads = (len(q), -1, operators.head_dim)
@@ -80,6 +87,22 @@ def _shift(key: Tensor, past: Tensor, taps: Tensor) -> Tensor:
     window = torch.cat((past.to(key.dtype), key.unsqueeze(-1)), dim=-1)  # (B, D, N), oldest first
     past.copy_(window[..., 1:])
     return window.mul_(taps.to(key.dtype)).sum(-1)
+
+
+def _shift_in_ring(key: Tensor, past: Tensor, taps: Tensor, position: Tensor) -> Tensor:
+    """`_shift` where slot s of ``past`` holds the key of the time t = s modulo N - 1; ``position`` is of ``key``."""
+    taps = taps.to(key.dtype)
+    oldest = ring_slot(position, past.shape[-1])
+    # The tap of a slot by its key's place in time, oldest first.
+    places = (torch.arange(past.shape[-1], device=past.device) - oldest).remainder(past.shape[-1])
+    shifted = (past.to(key.dtype) * taps.index_select(-1, places)).sum(-1).addcmul_(taps[:, -1], key)
+    past.index_copy_(-1, oldest, key.to(past.dtype).unsqueeze(-1))
+    return shifted
+
+
+def ring_slot(position: Tensor, n_slots: int) -> Tensor:
+    """The slot of the key of time ``position`` (one integer), shape (1,), without reading it to the host."""
+    return position.reshape(1).to(torch.int64).remainder(n_slots)
 
 
 def _advance(signal: Tensor, state: Tensor, operators: DiagonalStep) -> Tensor:
