@@ -37,3 +37,15 @@ class TrainingError(HipposError):
 
 class BenchmarkError(HipposError):
     """A benchmarked method gives a wrong result, so its time is not shown."""
+
+
+class PromptError(HipposError, ValueError):
+    """A prompt is empty, or longer than the model or its cache can hold."""
+
+
+class OutOfMemoryError(HipposError, MemoryError):
+    """The device has too little memory for a batch; the message says which batch would fit."""
+
+
+class StateError(HipposError):
+    """A saved state is damaged, foreign, or does not belong to the model."""

@@ -98,7 +98,7 @@ def test_rows_beyond_the_tokenizer_are_never_written(random_gpt2, tokenizer):
     stream = stream_text(random_gpt2, tokenizer, "hello", Sampling(seed=0, temperature=5.0, max_new_tokens=100))
     assert random_gpt2.config.vocab_size > len(tokenizer)
     list(stream)  # a row beyond the tokenizer would raise in its decoder or come out as nothing
-    assert all(token < len(tokenizer) for token in stream._decoder._ids)
+    assert all(token < len(tokenizer) for token in stream._steps.new_tokens[0])
 
 
 def test_nothing_is_left_in_inference_mode(random_gpt2, tokenizer):

@@ -1,20 +1,16 @@
-"""Text in, text out: a prompt goes through the tokenizer, the decoding loop and the stop strings."""
+"""Text in, text out: a prompt goes through the tokenizer and the engine, and comes back piece by piece."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from hippos.errors import TokenizerError
-from hippos.generate.pieces import PieceDecoder, StopFilter
-from hippos.generate.sampling import Sampler, Sampling
-from hippos.generate.tokens import generate_tokens
-
-FinishReason = Literal["length", "eos", "stop"]
+from hippos.generate.engine import Generator
+from hippos.generate.sampling import Sampling
+from hippos.generate.stream import FinishReason
 
 
 @dataclass(frozen=True)
@@ -54,29 +50,34 @@ class GeneratedText:
 class TextStream(Iterator[str]):
     """Pieces of text as the model writes them, as `stream_text` returns it; `result` holds the whole at the end."""
 
-    def __init__(self, model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> None:
+    def __init__(self, generator: Generator, prompt: str, sampling: Sampling) -> None:
         self.prompt = prompt
         self.sampling = sampling
-        self.n_new_tokens = 0
-        n_tokens = min(len(tokenizer), model.config.get_text_config().vocab_size)
-        self._input_ids = _encode(tokenizer, prompt, model.config.get_text_config().vocab_size).to(model.device)
-        self._sampler = Sampler(sampling, n_tokens, device=model.device)
-        self._eos = _end_tokens(model, tokenizer)
-        self._tokens = generate_tokens(model, self._input_ids, self._sampler, max_new_tokens=sampling.max_new_tokens)
-        self._decoder = PieceDecoder(tokenizer)
-        self._filter = StopFilter(sampling.stop)
-        self._shown: list[str] = []
-        self._finish_reason: FinishReason | None = None
+        vocab_size = generator.model.config.get_text_config().vocab_size
+        ids = encode_prompt(generator.tokenizer, prompt, vocab_size)
+        self.n_prompt_tokens = len(ids)
         self._started_at = time.perf_counter()
+        self._steps = generator.stream([ids], sampling)
         self._first_at = self._ended_at = self._started_at
+        self._is_done = False
 
     def __next__(self) -> str:
-        while self._finish_reason is None:
-            piece = self._next_piece()
-            if piece:
-                self._shown.append(piece)
-                return piece
+        while not self._is_done:
+            step = next(self._steps, None)
+            if step is None:
+                self._is_done = True
+                break
+            self._ended_at = time.perf_counter()
+            if self.n_new_tokens == 1:
+                self._first_at = self._ended_at
+            if step.pieces is not None and step.pieces[0]:
+                return step.pieces[0]
         raise StopIteration
+
+    @property
+    def n_new_tokens(self) -> int:
+        """Tokens written so far."""
+        return len(self._steps.new_tokens[0])
 
     @property
     def result(self) -> GeneratedText:
@@ -85,38 +86,19 @@ class TextStream(Iterator[str]):
         Raises:
             RuntimeError: If the stream has not been read to its end.
         """
-        if self._finish_reason is None:
+        (reason,) = self._steps.finish_reasons
+        if reason is None:
             raise RuntimeError("the stream has not been read to its end")
         return GeneratedText(
             prompt=self.prompt,
-            text="".join(self._shown),
-            finish_reason=self._finish_reason,
-            seed=self._sampler.seed,
-            n_prompt_tokens=self._input_ids.shape[1],
+            text=self._steps.texts[0],
+            finish_reason=reason,
+            seed=self._steps.seed,
+            n_prompt_tokens=self.n_prompt_tokens,
             n_new_tokens=self.n_new_tokens,
             first_token_s=self._first_at - self._started_at,
             rest_s=self._ended_at - self._first_at,
         )
-
-    def _next_piece(self) -> str:
-        """The text that one more token frees, often nothing; sets the reason when it is the last."""
-        token = next(self._tokens, None)
-        if token is not None:
-            self.n_new_tokens += 1
-            self._ended_at = time.perf_counter()
-            if self.n_new_tokens == 1:
-                self._first_at = self._ended_at
-        if token is None or token in self._eos:
-            return self._finish("length" if token is None else "eos")
-        piece = self._filter.push(self._decoder.push(token))
-        if self._filter.has_stopped:
-            self._finish_reason = "stop"
-        return piece
-
-    def _finish(self, reason: FinishReason) -> str:
-        piece = self._filter.push(self._decoder.flush())
-        self._finish_reason = "stop" if self._filter.has_stopped else reason
-        return piece + self._filter.flush()
 
 
 def stream_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None) -> TextStream:
@@ -136,7 +118,7 @@ def stream_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | No
         TokenizerError: If the prompt makes no token, or one that the model does not know.
         CheckpointError: While iterating, if the model's logits are not finite.
     """
-    return TextStream(model, tokenizer, prompt, sampling or Sampling())
+    return TextStream(Generator(model, tokenizer), prompt, sampling or Sampling())
 
 
 def generate_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None) -> GeneratedText:
@@ -157,8 +139,12 @@ def generate_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | 
     return stream.result
 
 
-def _encode(tokenizer: Any, prompt: str, vocab_size: int) -> torch.Tensor:
-    """The prompt's ids, shape (1, L)."""
+def encode_prompt(tokenizer: Any, prompt: str, vocab_size: int) -> list[int]:
+    """The prompt's ids.
+
+    Raises:
+        TokenizerError: If there is none, or one that the model does not know.
+    """
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
         raise TokenizerError(f"the prompt {prompt!r} makes no token; give at least one character to continue")
@@ -167,11 +153,4 @@ def _encode(tokenizer: Any, prompt: str, vocab_size: int) -> torch.Tensor:
             f"the tokenizer does not fit the model: it makes id {max(ids)} for {tokenizer.decode([max(ids)])!r}, "
             f"the model knows ids below {vocab_size}"
         )
-    return torch.tensor([ids])
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The ids that end a text, for the model or for its tokenizer."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
+    return ids

@@ -1,0 +1,406 @@
+"""The engine: prompts in, tokens out, in batches or as a stream; `generate` for once, `Generator` for many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hippos.errors import ConfigError, PromptError, UnsupportedError
+from hippos.generate.cache_decoder import CacheDecoder
+from hippos.generate.h3_decoder import H3Decoder
+from hippos.generate.memory import advising_on_memory, check_fits
+from hippos.generate.prompts import split_prompts
+from hippos.generate.sampling import Sampling
+from hippos.generate.state import GenerationState
+from hippos.generate.stream import EndTexts, FinishReason, TokenStream
+
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Finished texts.
+
+    Attributes:
+        sequences: Prompts and new tokens, shape (B, L + n): the prompts as they were passed (a list of texts is padded
+            on the left), then ``tokens``.
+        tokens: New tokens, shape (B, n), n those of the longest row; behind the end of a row the padding token.
+        lengths: New tokens of each row, its end-of-text token included, shape (B,).
+        log_probs: Logarithm (nats) of the probability that the model gave each new token, before temperature, cuts and
+            penalty, shape (B, n), float32, 0 behind the end of a row; None if they were not asked for.
+        finish_reasons: For each row "length", "eos" or "stop".
+        texts: For each row its new text, without end token and stop string; None without a tokenizer.
+        seed: Of the random numbers.
+        state: What the model remembers of all these tokens, to go on from; None if it was not asked for.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    log_probs: Tensor | None
+    finish_reasons: tuple[FinishReason, ...]
+    texts: tuple[str, ...] | None
+    seed: int
+    state: GenerationState | None
+
+
+class Generator:
+    """Writes texts with one model, many times: states, and on a GPU the captured decode step, are made once and kept.
+
+    Prompts are read in parallel, in chunks, ragged ones side by side without padding. Each token is one step of
+    constant cost for the SSM layers. A generator serves one batch at a time: a new call ends the stream before.
+
+    Args:
+        model: An H3 language model, or any causal language model of Transformers (then on its own cache, one call a
+            token), in evaluation mode.
+        tokenizer: The model's tokenizer, for stop strings and texts; None without.
+        context: Tokens, prompt and continuation together, that the attention layers have room for. None: as many as
+            each call needs.
+        chunk_len: Tokens of each prompt that are read at once, which bounds the memory; None chooses by the batch.
+        cuda_graph: Whether a decode step is one CUDA graph; None: for H3 models on a CUDA device.
+
+    Raises:
+        ConfigError: If ``context`` or ``chunk_len`` is less than 1.
+        UnsupportedError: If a CUDA graph is asked for where there is none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        context: int | None = None,
+        chunk_len: int | None = None,
+        cuda_graph: bool | None = None,
+    ) -> None:
+        for name, value in (("context", context), ("chunk_len", chunk_len)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context = context
+        self.chunk_len = chunk_len
+        self.is_h3 = _is_h3(model)
+        can_capture = self.is_h3 and model.device.type == "cuda"
+        if cuda_graph and not can_capture:
+            raise UnsupportedError(f"a CUDA graph needs an H3 model on a CUDA device, got one on {model.device}")
+        self.cuda_graph = can_capture if cuda_graph is None else cuda_graph
+        self._held: GenerationState | None = None
+        self._graphs: dict[Any, Any] = {}
+        self._stream: TokenStream | None = None
+
+    def stream(
+        self,
+        input_ids: Prompts,
+        sampling: Sampling | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        log_probs: bool = False,
+        state: GenerationState | None = None,
+        rows: Sequence[int] | None = None,
+        keep_state: bool = False,
+    ) -> TokenStream:
+        """Read prompts and give an iterator over their new tokens, one step of all rows at a time.
+
+        Args:
+            input_ids: Prompts, shape (B, L); or a list of texts of any lengths, each a list or tensor of ids. With
+                ``state``, the tokens that come after it, possibly none.
+            sampling: How tokens are chosen and how many; the defaults of `Sampling` if left out. Stop strings need the
+                tokenizer.
+            attention_mask: 1 at real tokens, shape (B, L): padding on the left or on the right.
+            lengths: Instead of the mask, tokens of each prompt, the padding being on the right.
+            eos_token_id: Token or tokens that end a text; None asks model and tokenizer, () is none.
+            pad_token_id: Token behind the end of a row; None asks model and tokenizer, else takes the first end token.
+            log_probs: Whether each token comes with its log-probability.
+            state: What the model remembers of earlier tokens, from `read`, `Generated.state` or `load_state`; not
+                changed.
+            rows: The rows' numbers, which tell their random draws apart; None counts from 0.
+            keep_state: Whether the stream's ``state`` is wanted at the end.
+
+        Returns:
+            The stream.
+
+        Raises:
+            PromptError: If a prompt has no token, or texts are longer than ``context`` or the model's positions.
+            OutOfMemoryError: If the states do not fit; the message says which batch would.
+            ValueError: If shapes or ids are wrong.
+            CheckpointError: While iterating, if the model's logits are not finite.
+        """
+        sampling = Sampling() if sampling is None else sampling
+        if sampling.stop and self.tokenizer is None:
+            raise ConfigError("stop strings need a tokenizer: Generator(model, tokenizer)")
+        self._close()
+        pieces = self._split(input_ids, attention_mask, lengths, state)
+        ends = EndTexts.find(self.model, self.tokenizer, eos_token_id, pad_token_id)
+        held, context = self._hold(pieces, sampling.max_new_tokens, state)
+        with self._advising(len(pieces), context):
+            decoder = self._decoder(pieces, state, held)
+        self._stream = TokenStream(
+            decoder,
+            sampling,
+            ends,
+            tokenizer=self.tokenizer,
+            batch=len(pieces),
+            n_tokens=self.n_tokens,
+            device=self.model.device,
+            log_probs=log_probs,
+            rows=rows,
+            keep_state=keep_state,
+            graphs=self._graphs if self.cuda_graph else None,
+            guard=lambda: self._advising(len(pieces), context),
+        )
+        return self._stream
+
+    def generate(
+        self,
+        input_ids: Prompts,
+        sampling: Sampling | None = None,
+        *,
+        on_tokens: Callable[[list[int | None]], object] | None = None,
+        keep_state: bool = False,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Generated:
+        """Write to the end of all rows.
+
+        Args:
+            input_ids: As for `stream`.
+            sampling: As for `stream`.
+            on_tokens: Called after each step with the new token of each row, None behind its end.
+            keep_state: Whether the result's ``state`` is wanted; costs a copy of the state, and reading again those
+                rows that ended before others.
+            attention_mask: As for `stream`.
+            **options: The other arguments of `stream`.
+
+        Returns:
+            Tokens, texts and all that was asked for.
+
+        Raises:
+            HipposError: As for `stream`.
+        """
+        stream = self.stream(input_ids, sampling, attention_mask=attention_mask, keep_state=keep_state, **options)
+        for step in stream:
+            if on_tokens is not None:
+                on_tokens(step.tokens)
+        tokens = stream.padded_tokens()
+        prompts = input_ids if isinstance(input_ids, Tensor) else _pad_left(input_ids, stream.ends.pad)
+        return Generated(
+            sequences=torch.cat((prompts.to(tokens.device), tokens), dim=1),
+            tokens=tokens,
+            lengths=torch.tensor([len(row) for row in stream.new_tokens], device=tokens.device),
+            log_probs=stream.padded_log_probs(),
+            finish_reasons=tuple(stream.finish_reasons),
+            texts=None if self.tokenizer is None else tuple(stream.texts),
+            seed=stream.seed,
+            state=stream.state if keep_state else None,
+        )
+
+    def read(
+        self,
+        input_ids: Prompts,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        state: GenerationState | None = None,
+    ) -> GenerationState:
+        """Read prompts and give what the model remembers of them, to be saved, forked and gone on from.
+
+        Args:
+            input_ids: As for `stream`.
+            attention_mask: As for `stream`.
+            lengths: As for `stream`.
+            state: As for `stream`.
+
+        Returns:
+            A state of its own: later calls of this generator do not change it.
+
+        Raises:
+            UnsupportedError: If the model is no H3 model.
+            HipposError: As for `stream`.
+        """
+        self._require_h3()
+        pieces = self._split(input_ids, attention_mask, lengths, state)
+        longest = max(self._totals(pieces, state))
+        check_fits(self.model, len(pieces), context=longest, chunk_len=self.chunk_len)
+        with self._advising(len(pieces), longest):
+            fresh = GenerationState.empty(self.model, len(pieces), context=longest)
+            if state is not None:
+                fresh.copy_from(state)
+            H3Decoder(self.model, fresh, chunk_len=self.chunk_len).read(pieces)
+        return fresh
+
+    @property
+    def n_tokens(self) -> int:
+        """Ids from here on are never written: they are not in the vocabulary, or not in the tokenizer."""
+        n_model: int = self.model.config.get_text_config().vocab_size
+        return n_model if self.tokenizer is None else min(len(self.tokenizer), n_model)
+
+    def _split(
+        self,
+        input_ids: Prompts,
+        attention_mask: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
+        state: GenerationState | None,
+    ) -> list[Tensor]:
+        pieces = split_prompts(
+            input_ids,
+            attention_mask=attention_mask,
+            lengths=lengths,
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            device=self.model.device,
+            may_be_empty=state is not None,
+        )
+        if state is not None:
+            self._require_h3()
+            if state.model is not self.model:
+                raise ValueError("the state is another model's; load_state(path, model) checks and adopts one")
+            if state.batch != len(pieces):
+                raise ValueError(f"the state holds {state.batch} texts, got {len(pieces)} prompts; fork makes more")
+        return pieces
+
+    def _hold(
+        self, pieces: list[Tensor], max_new_tokens: int, state: GenerationState | None
+    ) -> tuple[GenerationState | None, int]:
+        """The static state, with enough room, and the longest text's tokens."""
+        totals = self._totals(pieces, state)
+        needed = max(totals) + max_new_tokens
+        limit = self.context
+        positions = getattr(self.model.config, "learned_positions", 0)
+        if positions and (limit is None or positions < limit):
+            limit = positions
+        if limit is not None and needed > limit:
+            row = totals.index(max(totals))
+            raise PromptError(
+                f"prompt {row} has {max(totals)} tokens, and {max_new_tokens} more are wanted: there is room for "
+                f"{limit} in all"
+            )
+        if not self.is_h3:
+            return None, needed
+        context = self.context or needed
+        held = self._held
+        if held is None or held.batch < len(pieces) or (held.context or context) < context:
+            n_held = 0 if held is None else held.n_bytes
+            check_fits(self.model, len(pieces), context=context, held=n_held, chunk_len=self.chunk_len)
+            self._held = held = None
+            self._graphs.clear()
+            with self._advising(len(pieces), context):
+                self._held = GenerationState.empty(self.model, len(pieces), context=context)
+        return self._held, context
+
+    def _decoder(
+        self, pieces: list[Tensor], state: GenerationState | None, held: GenerationState | None
+    ) -> H3Decoder | CacheDecoder:
+        """A decoder that has read the prompts."""
+        if held is None:
+            plain = CacheDecoder(self.model, chunk_len=self.chunk_len)
+            plain.read(pieces)
+            return plain
+        part = held.rows(0, len(pieces))
+        part.clear()
+        if state is not None:
+            part.copy_from(state)
+        decoder = H3Decoder(self.model, part, chunk_len=self.chunk_len)
+        decoder.read(pieces)
+        return decoder
+
+    def _totals(self, pieces: list[Tensor], state: GenerationState | None) -> list[int]:
+        past = [0] * len(pieces) if state is None else state.n_tokens
+        return [n + piece.shape[0] for n, piece in zip(past, pieces, strict=True)]
+
+    def _advising(self, batch: int, context: int) -> AbstractContextManager[None]:
+        if not self.is_h3:
+            return nullcontext()
+        held = 0 if self._held is None else self._held.n_bytes
+        return advising_on_memory(self.model, batch, context=context, held=held, chunk_len=self.chunk_len)
+
+    def _require_h3(self) -> None:
+        if not self.is_h3:
+            raise UnsupportedError(
+                f"states of their own are there for H3 models only, got a {type(self.model).__name__}"
+            )
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def generate(
+    model: Any,
+    input_ids: Prompts,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    context: int | None = None,
+    chunk_len: int | None = None,
+    **options: Any,
+) -> Generated:
+    """Continue prompts, greedily unless a temperature says otherwise; a `Generator` is faster from the second call on.
+
+    Args:
+        model: A causal language model, as for `Generator`.
+        input_ids: Prompts, shape (B, L), or a list of texts; as for `Generator.stream`.
+        tokenizer: As for `Generator`; stop strings need one.
+        max_new_tokens: As in `Sampling`.
+        temperature: As in `Sampling`; 0 takes the most probable token.
+        top_k: As in `Sampling`.
+        top_p: As in `Sampling`.
+        min_p: As in `Sampling`.
+        repetition_penalty: As in `Sampling`.
+        seed: As in `Sampling`.
+        stop: One string or several, as in `Sampling`.
+        context: As for `Generator`.
+        chunk_len: As for `Generator`.
+        **options: ``attention_mask``, ``lengths``, ``eos_token_id``, ``pad_token_id``, ``log_probs``, ``state``,
+            ``rows``, ``keep_state`` and ``on_tokens`` of `Generator.generate`.
+
+    Returns:
+        Tokens, texts and all that was asked for.
+
+    Raises:
+        ConfigError: If a value is out of its range.
+        HipposError: As for `Generator.stream`.
+
+    Example:
+        ``generate(model, ids, max_new_tokens=20).sequences`` are the tokens that ``model.generate(ids,
+        max_new_tokens=20, do_sample=False)`` gives.
+    """
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+    return Generator(model, tokenizer, context=context, chunk_len=chunk_len).generate(input_ids, sampling, **options)
+
+
+def _is_h3(model: Any) -> bool:
+    from hippos.models import H3ForCausalLM
+
+    return isinstance(model, H3ForCausalLM)
+
+
+def _pad_left(texts: Sequence[Sequence[int]] | Sequence[Tensor], pad: int) -> Tensor:
+    pieces = [torch.as_tensor(text, dtype=torch.long) for text in texts]
+    longest = max(piece.shape[0] for piece in pieces)
+    return torch.stack([F.pad(piece, (longest - piece.shape[0], 0), value=pad) for piece in pieces])

@@ -1,0 +1,249 @@
+"""H3 models read prompts and write tokens on states of fixed size and place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from hippos.generate.state import GenerationState, KeyValues
+from hippos.layers import S4
+from hippos.layers.projections import project_tokens
+from hippos.models.attention import CachedSelfAttention
+from hippos.ops import H3State
+
+TOKENS_AT_ONCE = {"cuda": 65536, "cpu": 8192}
+
+
+class Chunk(NamedTuple):
+    """Tokens of some rows that are read at once.
+
+    Attributes:
+        rows: The rows, in order.
+        starts: Tokens that each row holds already.
+        lengths: New tokens of each row, at least one.
+        n_rows: Rows of the state, these and others.
+        is_packed: Whether the tokens lie behind each other in one row, (1, total), because their lengths differ.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    lengths: list[int]
+    n_rows: int
+    is_packed: bool
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where each row's tokens begin if all lie behind each other, and where the last end."""
+        return [0, *accumulate(self.lengths)]
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every row of the state takes part."""
+        return len(self.rows) == self.n_rows
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no row holds a token yet."""
+        return not any(self.starts)
+
+
+class H3Decoder:
+    """An `H3ForCausalLM` and the state that it reads into and writes from.
+
+    Args:
+        model: The model.
+        state: The state, changed in place.
+        chunk_len: Tokens of each text that are read at once; None: as many as make 65,536 tokens of all texts on a GPU,
+            8,192 elsewhere.
+    """
+
+    def __init__(self, model: Any, state: GenerationState, *, chunk_len: int | None = None) -> None:
+        self.model = model
+        self.state = state
+        self.chunk_len = chunk_len
+        self._weights_dtype = model.model.norm.weight.dtype
+
+    @property
+    def seen(self) -> Tensor:
+        """True at tokens that a text holds, shape (B, V)."""
+        return self.state.seen
+
+    @torch.no_grad()
+    def read(self, pieces: Sequence[Tensor]) -> None:
+        """Read more tokens of each text.
+
+        Args:
+            pieces: For each row its ids, shape (n,), n >= 0, on the model's device.
+        """
+        self.state.settle()
+        done = 0
+        while True:
+            active = [row for row, piece in enumerate(pieces) if piece.shape[0] > done]
+            if not active:
+                return
+            most = TOKENS_AT_ONCE.get(self.state.lengths.device.type, TOKENS_AT_ONCE["cpu"])
+            chunk_len = self.chunk_len or max(most // len(active), 1)
+            self._read_chunk(active, [pieces[row][done : done + chunk_len] for row in active])
+            done += chunk_len
+
+    def logits(self) -> Tensor:
+        """The logits of the next token of each text, shape (B, V)."""
+        return project_tokens(self.model.lm_head, self.state.hidden)[:, : self.model.config.vocab_size]
+
+    @torch.no_grad()
+    def advance(self, tokens: Tensor) -> None:
+        """Read one more token of each text.
+
+        Args:
+            tokens: Ids, shape (B,), on the model's device.
+        """
+        state, body = self.state, self.model.model
+        x = F.embedding(tokens, body.embed_tokens.weight)
+        if body.embed_positions is not None:
+            x = x + body.embed_positions(state.lengths)
+        for block, layer in zip(body.layers, state.layers, strict=True):
+            u = block.norm1(x)
+            if isinstance(layer, KeyValues):
+                x = x + self._attend_one(block.mixer, u, layer)
+            else:
+                x = x + block.mixer.step(u, layer)
+            x = x + block.mlp(block.norm2(x))
+        state.hidden.copy_(body.norm(x))
+        state.seen.scatter_(1, tokens.unsqueeze(1), True)
+        state.lengths.add_(1)
+        self.count_step()
+
+    def count_step(self) -> None:
+        """Note on the host that each text has one more token."""
+        self.state.n_tokens[:] = [n + 1 for n in self.state.n_tokens]
+
+    def _attend_one(self, mixer: CachedSelfAttention, u: Tensor, cache: KeyValues) -> Tensor:
+        n_tokens, lengths = self.state.n_tokens, self.state.lengths
+        width, is_level = max(n_tokens) + 1, min(n_tokens) == max(n_tokens)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for place, new in ((cache.keys, k), (cache.values, v)):
+                if is_level:
+                    place[:, :, width - 1] = new[:, :, 0]
+                else:
+                    place[torch.arange(len(n_tokens), device=u.device), :, lengths] = new[:, :, 0]
+            mask = None
+            if not is_level:
+                mask = torch.arange(width, device=u.device) <= lengths[:, None, None, None]  # (B, 1, 1, width)
+            return F.scaled_dot_product_attention(q, cache.keys[:, :, :width], cache.values[:, :, :width], mask)
+
+        position_ids = lengths.unsqueeze(1) if mixer.rotary_dim else None
+        return mixer(u.unsqueeze(1), position_ids=position_ids, attend=attend).squeeze(1)
+
+    def _read_chunk(self, rows: list[int], pieces: list[Tensor]) -> None:
+        state, body = self.state, self.model.model
+        lengths = [piece.shape[0] for piece in pieces]
+        starts = [state.n_tokens[row] for row in rows]
+        chunk = Chunk(rows, starts, lengths, state.batch, is_packed=min(lengths) != max(lengths))
+        ids = torch.cat(list(pieces)).unsqueeze(0) if chunk.is_packed else torch.stack(list(pieces))
+        x = body.embed_tokens(ids)
+        position_ids = _positions(chunk, ids)
+        if body.embed_positions is not None:
+            x = x + body.embed_positions(position_ids)
+        for block, layer in zip(body.layers, state.layers, strict=True):
+            u = block.norm1(x)
+            if isinstance(layer, KeyValues):
+                x = x + _attend_chunk(block.mixer, u, layer, chunk, position_ids)
+            else:
+                x = x + _mix_chunk(block.mixer, u, layer, chunk)
+            x = x + block.mlp(block.norm2(x))
+        last = x[0, [end - 1 for end in chunk.bounds[1:]]] if chunk.is_packed else x[:, -1]
+        index = torch.tensor(rows, device=ids.device)
+        state.hidden.index_copy_(0, index, body.norm(last))
+        state.lengths.index_add_(0, index, torch.tensor(lengths, device=ids.device))
+        for row, piece in zip(rows, pieces, strict=True):
+            state.seen[row].index_fill_(0, piece, True)
+            state.n_tokens[row] += piece.shape[0]
+
+
+def _positions(chunk: Chunk, ids: Tensor) -> Tensor:
+    """Positions of a chunk's tokens, shape of ``ids``."""
+    spans = [torch.arange(start, start + n) for start, n in zip(chunk.starts, chunk.lengths, strict=True)]
+    return (torch.cat(spans) if chunk.is_packed else torch.stack(spans)).view(ids.shape).to(ids.device)
+
+
+def _mix_chunk(mixer: Any, u: Tensor, layer: H3State | Tensor, chunk: Chunk) -> Tensor:
+    """Run an SSM layer over a chunk, (b, L, D) or (1, total, D), and keep its states."""
+    if chunk.is_packed and isinstance(mixer, S4):  # its filter knows no bounds
+        return _mix_one_by_one(mixer, u, layer, chunk)
+    cu_seqlens = torch.tensor(chunk.bounds, dtype=torch.int32, device=u.device) if chunk.is_packed else None
+    before = None if chunk.is_fresh else _taken(layer, chunk)
+    y, after = mixer(u, initial_state=before, return_state=True, cu_seqlens=cu_seqlens)
+    _put(layer, after, chunk)
+    return y
+
+
+def _mix_one_by_one(mixer: Any, u: Tensor, layer: H3State | Tensor, chunk: Chunk) -> Tensor:
+    outputs = []
+    for row, start, n_past, n_new in zip(chunk.rows, chunk.bounds, chunk.starts, chunk.lengths, strict=False):
+        single = Chunk([row], [n_past], [n_new], chunk.n_rows, is_packed=False)
+        outputs.append(_mix_chunk(mixer, u[:, start : start + n_new], layer, single))
+    return torch.cat(outputs, dim=1)
+
+
+def _taken(layer: H3State | Tensor, chunk: Chunk) -> H3State | Tensor:
+    if chunk.takes_all:
+        return layer
+    index = torch.tensor(chunk.rows, device=_some_tensor(layer).device)
+    if isinstance(layer, H3State):
+        return H3State(*(part.index_select(0, index) for part in layer))
+    return layer.index_select(0, index)
+
+
+def _put(layer: H3State | Tensor, after: H3State | Tensor, chunk: Chunk) -> None:
+    index = torch.tensor(chunk.rows, device=_some_tensor(layer).device)
+    targets, sources = ((part,) if isinstance(part, Tensor) else tuple(part) for part in (layer, after))
+    for target, source in zip(targets, sources, strict=True):
+        if chunk.takes_all:
+            target.copy_(source)
+        else:
+            target.index_copy_(0, index, source.to(target.dtype))
+
+
+def _some_tensor(layer: H3State | Tensor) -> Tensor:
+    return layer if isinstance(layer, Tensor) else layer.diag
+
+
+def _attend_chunk(
+    mixer: CachedSelfAttention, u: Tensor, cache: KeyValues, chunk: Chunk, position_ids: Tensor
+) -> Tensor:
+    """Attend within a chunk and to what its rows hold already, whose keys and values it joins."""
+    is_level = not chunk.is_packed and chunk.takes_all and min(chunk.starts) == max(chunk.starts)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if is_level:
+            return _attend_rows(q, k, v, cache, slice(None), chunk.starts[0])
+        outputs = []
+        for i, (row, n_past, n_new) in enumerate(zip(chunk.rows, chunk.starts, chunk.lengths, strict=True)):
+            place = (slice(0, 1), chunk.bounds[i]) if chunk.is_packed else (slice(i, i + 1), 0)
+            parts = [x[place[0], :, place[1] : place[1] + n_new] for x in (q, k, v)]  # (1, H, n_new, P)
+            outputs.append(_attend_rows(*parts, cache, slice(row, row + 1), n_past))
+        return torch.cat(outputs, dim=2 if chunk.is_packed else 0)
+
+    return mixer(u, position_ids=position_ids if mixer.rotary_dim else None, attend=attend)
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, rows: slice, n_past: int) -> Tensor:
+    """Rows that all hold ``n_past`` tokens; queries, keys and values (b, H, L, P)."""
+    width = n_past + q.shape[2]
+    cache.keys[rows, :, n_past:width] = k
+    cache.values[rows, :, n_past:width] = v
+    if n_past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    keys, values = cache.keys[rows, :, :width], cache.values[rows, :, :width]
+    if q.device.type == "cuda":
+        return F.scaled_dot_product_attention(q, keys, values, causal_lower_right(q.shape[2], width))
+    places = torch.arange(width, device=q.device)
+    mask = places <= places[n_past:].unsqueeze(1)  # (L, width)
+    return F.scaled_dot_product_attention(q, keys, values, mask)

@@ -1,0 +1,248 @@
+"""What an H3 model remembers of texts between two tokens: states of the SSM layers, keys and values of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hippos.layers import H3
+from hippos.models.attention import CachedSelfAttention
+from hippos.ops import H3State
+
+
+@dataclass
+class KeyValues:
+    """The keys and values of an attention layer, row by row from the first token on.
+
+    Attributes:
+        keys: Shape (B, H, T, P), T the places there are; those behind a row's length hold anything finite.
+        values: Same shape.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+LayerState = H3State | Tensor | KeyValues
+
+
+@dataclass
+class GenerationState:
+    """All that a model needs to go on with B texts, ragged or not.
+
+    Attributes:
+        layers: For each layer `H3State` (its keys begin at ``ring``), the one tensor of another SSM layer, or
+            `KeyValues`.
+        lengths: Tokens of each text so far, shape (B,), int64, on the device.
+        n_tokens: The same on the host.
+        hidden: The normalised stream at the last tokens, shape (B, D): the next tokens' logits are one product away.
+        seen: True at tokens that a text holds, shape (B, V).
+        ring: Where the oldest key of the shift states is, shape (1,), int32: the keys lie in a ring, oldest first from
+            there on. 0 after reading, when decoding begins.
+        model: The model whose state it is.
+    """
+
+    layers: list[LayerState]
+    lengths: Tensor
+    n_tokens: list[int]
+    hidden: Tensor
+    seen: Tensor
+    ring: Tensor
+    model: Any = field(repr=False)
+
+    @classmethod
+    def empty(cls, model: Any, batch: int, *, context: int) -> GenerationState:
+        """Make the state before the first token of ``batch`` texts of up to ``context`` tokens."""
+        config, device, dtype = model.config, model.device, model.model.norm.weight.dtype
+        layers: list[LayerState] = []
+        for block in model.model.layers:
+            mixer = block.mixer
+            if isinstance(mixer, CachedSelfAttention):
+                shape = (batch, mixer.n_heads, context, mixer.head_dim)
+                layers.append(KeyValues(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))))
+            elif isinstance(mixer, H3):
+                layers.append(mixer.init_state(batch, dtype=dtype))
+            else:
+                layers.append(mixer.init_state(batch))
+        return cls(
+            layers=layers,
+            lengths=torch.zeros(batch, dtype=torch.long, device=device),
+            n_tokens=[0] * batch,
+            hidden=torch.zeros(batch, config.hidden_size, device=device, dtype=dtype),
+            seen=torch.zeros(batch, config.padded_vocab_size, dtype=torch.bool, device=device),
+            ring=torch.zeros(1, dtype=torch.int32, device=device),
+            model=model,
+        )
+
+    @property
+    def batch(self) -> int:
+        """Number of texts."""
+        return len(self.n_tokens)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the attention layers have room for; None without such layers."""
+        rooms = [layer.keys.shape[2] for layer in self.layers if isinstance(layer, KeyValues)]
+        return min(rooms) if rooms else None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, the first axis of each counting the texts."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, KeyValues):
+                yield f"layers.{i}.keys", layer.keys
+                yield f"layers.{i}.values", layer.values
+            elif isinstance(layer, H3State):
+                yield f"layers.{i}.shift", layer.shift
+                yield f"layers.{i}.diag", layer.diag
+            else:
+                yield f"layers.{i}.state", layer
+        yield "lengths", self.lengths
+        yield "hidden", self.hidden
+        yield "seen", self.seen
+
+    def clear(self) -> None:
+        """Go back to before the first token, in place."""
+        for layer in self.layers:
+            for part in _parts(layer):
+                part.zero_()
+        self.lengths.zero_()
+        self.seen.zero_()
+        self.ring.zero_()
+        self.n_tokens = [0] * self.batch
+
+    def rows(self, start: int, stop: int) -> GenerationState:
+        """A view of neighbouring texts: what changes in it changes here, but for the host's ``n_tokens``."""
+        return self._map(lambda tensor: tensor[start:stop], self.n_tokens[start:stop], ring=self.ring)
+
+    def select(self, rows: Sequence[int]) -> GenerationState:
+        """Copy some texts, each as often as it is named."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.lengths.device)
+        n_tokens = [self.n_tokens[row] for row in rows]
+        return self._map(lambda tensor: tensor.index_select(0, index), n_tokens, ring=self.ring.clone())
+
+    def clone(self) -> GenerationState:
+        """Copy everything."""
+        return self.select(range(self.batch))
+
+    def fork(self, n: int) -> GenerationState:
+        """Copy each text ``n`` times, to go on with it in ``n`` ways.
+
+        Args:
+            n: Copies of each text, at least 1; those of one text are neighbours.
+
+        Returns:
+            A state of n times as many texts.
+
+        Raises:
+            ValueError: If ``n`` is less than 1.
+        """
+        if n < 1:
+            raise ValueError(f"a state is forked into at least 1 text, got {n}")
+        return self.select([row for row in range(self.batch) for _ in range(n)])
+
+    def copy_from(self, other: GenerationState, rows: Sequence[int] | None = None) -> None:
+        """Take over the texts of another state, in place.
+
+        Args:
+            other: A state of the same model, whose texts fit into the attention layers' room.
+            rows: Where its texts go; None: to the first rows.
+        """
+        targets = list(range(other.batch)) if rows is None else list(rows)
+        index = torch.tensor(targets, dtype=torch.long, device=self.lengths.device)
+        longest = max(other.n_tokens)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(mine, KeyValues):
+                for place, source in zip(_parts(mine), _parts(theirs), strict=True):
+                    place[:, :, :longest].index_copy_(0, index, source[:, :, :longest])
+                continue
+            for place, source in zip(_parts(mine), _parts(theirs), strict=True):
+                place.index_copy_(0, index, source)
+        for name in ("lengths", "hidden", "seen"):
+            getattr(self, name).index_copy_(0, index, getattr(other, name))
+        self.ring.copy_(other.ring)
+        for row, n_tokens in zip(targets, other.n_tokens, strict=True):
+            self.n_tokens[row] = n_tokens
+
+    def with_room(self, context: int) -> GenerationState:
+        """The same state with room for ``context`` tokens in the attention layers; copies those only if it must."""
+        if self.context is None or self.context >= context:
+            return self
+        layers = [_grown(layer, context) if isinstance(layer, KeyValues) else layer for layer in self.layers]
+        return GenerationState(layers, self.lengths, self.n_tokens, self.hidden, self.seen, self.ring, model=self.model)
+
+    def settle(self) -> None:
+        """Bring the keys of the shift states into their order, oldest first from place 0, in place."""
+        start = int(self.ring)
+        if start == 0:
+            return
+        for layer in self.layers:
+            if isinstance(layer, H3State):
+                layer.shift.copy_(layer.shift.roll(-start, dims=-1))
+        self.ring.zero_()
+
+    def _map(self, change: Callable[[Tensor], Tensor], n_tokens: list[int], *, ring: Tensor) -> GenerationState:
+        layers: list[LayerState] = []
+        for layer in self.layers:
+            if isinstance(layer, Tensor):
+                layers.append(change(layer))
+            elif isinstance(layer, KeyValues):
+                layers.append(KeyValues(change(layer.keys), change(layer.values)))
+            else:
+                layers.append(H3State(change(layer.shift), change(layer.diag)))
+        return GenerationState(
+            layers,
+            change(self.lengths),
+            list(n_tokens),
+            change(self.hidden),
+            change(self.seen),
+            ring,
+            model=self.model,
+        )
+
+
+def _parts(layer: LayerState) -> tuple[Tensor, ...]:
+    if isinstance(layer, Tensor):
+        return (layer,)
+    return (layer.keys, layer.values) if isinstance(layer, KeyValues) else tuple(layer)
+
+
+def _grown(layer: KeyValues, context: int) -> KeyValues:
+    grown = []
+    for tensor in (layer.keys, layer.values):
+        batch, n_heads, room, head_dim = tensor.shape
+        more = tensor.new_zeros(batch, n_heads, context, head_dim)
+        more[:, :, :room] = tensor
+        grown.append(more)
+    return KeyValues(*grown)
+
+
+def n_bytes_of_row(model: Any, *, context: int) -> int:
+    """Bytes that the state of one text takes.
+
+    Args:
+        model: An H3 language model.
+        context: Tokens that its attention layers have room for.
+    """
+    config, width = model.config, model.model.norm.weight.dtype.itemsize
+    total = config.hidden_size * width + config.padded_vocab_size + 8
+    for block in model.model.layers:
+        mixer = block.mixer
+        if isinstance(mixer, CachedSelfAttention):
+            total += 2 * context * config.hidden_size * width
+        elif isinstance(mixer, H3):
+            n_keys = 0 if mixer.shift is None else mixer.d_state - 1
+            total += config.hidden_size * n_keys * width
+            total += config.hidden_size * mixer.head_dim * mixer.d_state * mixer.diag.D.dtype.itemsize
+        else:
+            n_channels, n_modes = mixer._state_sizes
+            total += n_channels * n_modes * 2 * next(mixer.ssm.parameters()).dtype.itemsize
+    return total
