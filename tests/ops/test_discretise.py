@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from hippos.errors import UnsupportedError
 from hippos.ops import discretise, ssm_filter
+from hippos.ops.discretise import discretise_op
 from tests.ops.ssm_cases import Draw, relative_error
 
 
@@ -110,3 +112,18 @@ def test_refusals(change, error, message):
     arguments = {"A": torch.zeros(2, 3, 2), "B": torch.zeros(2, 3, 2), "dt": torch.ones(2)} | change
     with pytest.raises(error, match=message):
         discretise(**arguments)
+
+
+@pytest.mark.parametrize("is_zoh", [True, False])
+def test_operator(random, is_zoh):
+    inputs = [x.requires_grad_() for x in poles(random, 2, 3)]
+    torch.library.opcheck(discretise_op, (*inputs, is_zoh))
+
+
+@pytest.mark.parametrize("method", ["bilinear", "zoh"])
+def test_second_derivatives_are_refused(random, method):
+    inputs = [x.requires_grad_() for x in poles(random, 2, 3)]
+    _, b = discretise(*inputs, method=method)
+    (gradient,) = torch.autograd.grad(b.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(UnsupportedError, match="discretise has no second derivative"):
+        gradient.sum().backward()

@@ -50,19 +50,23 @@ class TestDiagonal:
             assert relative_error(left.grad, right.grad) < 10 * limit
 
     @pytest.mark.parametrize("impl", IMPLS)
-    def test_gradients(self, random, impl):
+    @pytest.mark.parametrize("filter_len", [11, 70])  # a table of all powers, or two short ones
+    def test_gradients(self, random, impl, filter_len):
         modes = leaves(*random.modes(2, 3))
-        assert torch.autograd.gradcheck(lambda *tensors: ssm_filter(*tensors, 11, impl=impl), modes)
+        assert torch.autograd.gradcheck(lambda *tensors: ssm_filter(*tensors, filter_len, impl=impl), modes)
 
-    def test_second_derivative_is_refused(self, random):
+    @pytest.mark.parametrize("filter_len", [5, 70])
+    def test_second_derivative_is_refused(self, random, filter_len):
         modes = leaves(*random.modes(2, 3))
-        (d_b,) = torch.autograd.grad(ssm_filter(*modes, 5).square().sum(), modes[1], create_graph=True)
+        (d_b,) = torch.autograd.grad(ssm_filter(*modes, filter_len).square().sum(), modes[1], create_graph=True)
         with pytest.raises(UnsupportedError, match="second derivative"):
             d_b.sum().backward()
 
     def test_operator_registration(self, random):
         for filter_len in (1, 20):
-            opcheck(torch.ops.hippos.ssm_filter.default, (*leaves(*random.modes(2, 3)), filter_len))
+            modes = leaves(*random.modes(2, 3))
+            opcheck(torch.ops.hippos.ssm_filter.default, (*modes, filter_len))
+            opcheck(torch.ops.hippos.ssm_filter_small.default, (*modes, filter_len))
 
     @pytest.mark.parametrize("impl", IMPLS)
     def test_strides_and_autocast(self, random, impl):
@@ -74,11 +78,12 @@ class TestDiagonal:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
 
     @pytest.mark.parametrize("impl", IMPLS)
-    def test_modes_that_forget_at_once(self, random, impl):
+    @pytest.mark.parametrize("filter_len", [40, 70])
+    def test_modes_that_forget_at_once(self, random, impl, filter_len):
         log_a, b, c = random.modes(2, 3)
         log_a[..., 0] = -torch.inf
         log_a.requires_grad_()
-        taps = ssm_filter(log_a, b, c, 40, impl=impl)
+        taps = ssm_filter(log_a, b, c, filter_len, impl=impl)
         torch.testing.assert_close(taps[:, 0], 2 * (b * c * torch.tensor([1.0, -1.0])).sum((1, 2)))
         assert (taps[:, 1:] == 0).all()
         taps.sum().backward()
@@ -90,10 +95,11 @@ class TestDiagonal:
         impulse[..., 0] = 1
         torch.testing.assert_close(ssm_conv(impulse, *modes)[0], ssm_filter(*modes, 150))
 
-    def test_compiles_as_one_graph(self, random):
+    @pytest.mark.parametrize("filter_len", [20, 100])
+    def test_compiles_as_one_graph(self, random, filter_len):
         modes = random.modes(3, 4)
         compiled = torch.compile(ssm_filter, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(*modes, 100), ssm_filter(*modes, 100))
+        torch.testing.assert_close(compiled(*modes, filter_len), ssm_filter(*modes, filter_len))
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.pairs import Pair, add, join_pairs, multiply, multiply_conj, scale, split_pairs
 from hippos.ops.stacking import stack_as_channels
 
 Discretisation = Literal["bilinear", "zoh"]
@@ -39,6 +40,7 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, *, method: Discretisation = "bi
     Raises:
         TypeError: If an argument is no float32 or float64 tensor.
         ValueError: If shapes or devices disagree, or ``method`` is unknown.
+        UnsupportedError: If a second derivative is taken.
 
     Source:
         Fu et al. 2023 (arXiv:2212.14052), section 2 and appendix; Gu et al. 2022 (S4D, arXiv:2206.11893), section 3.
@@ -48,43 +50,52 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, *, method: Discretisation = "bi
     check_tensor("dt", dt, "H", (A.shape[0],), like=A, dtypes=PARAMETER_DTYPES)
     if method not in ("bilinear", "zoh"):
         raise ValueError(f"method must be 'bilinear' or 'zoh', got {method!r}")
-    rule = _bilinear if method == "bilinear" else _zoh
-    return rule(A, B, dt[:, None])
+    convert = _convert if torch.compiler.is_exporting() else discretise_op
+    log_a, b = convert(A, B, dt, method == "zoh")
+    return log_a, b
 
 
-def _bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    x, y = (A * (dt / 2).unsqueeze(-1)).unbind(-1)  # (H, M): dt A / 2 = x + iy
-    numerator = (1 + x).square() + y.square()  # |1 + z|^2
-    denominator = (1 - x).square() + y.square()  # |1 - z|^2
+def _convert(A: Tensor, B: Tensor, dt: Tensor, is_zoh: bool) -> tuple[Tensor, Tensor]:
+    """Arguments as in `discretise`."""
+    step = dt.unsqueeze(-1)
+    z = split_pairs(A * step.unsqueeze(-1), A.dtype)
+    log_a, gain = (z, _zoh_gain(z)) if is_zoh else (_bilinear_log(z), _bilinear_gain(z))
+    return join_pairs(log_a), join_pairs(multiply(split_pairs(B * step.unsqueeze(-1), B.dtype), gain))
+
+
+def _bilinear_log(z: Pair) -> Pair:
+    """log((1 + z / 2) / (1 - z / 2))."""
+    x, y = z.re / 2, z.im / 2
+    numerator = (1 + x).square() + y.square()  # |1 + z / 2|^2
+    denominator = (1 - x).square() + y.square()  # |1 - z / 2|^2
     log_modulus = _log_ratio(numerator, denominator, 4 * x) / 2
-    is_zero = numerator == 0
-    # atan2(0, 0) has no derivative; the angle of Abar = 0 is free, so it is a constant 0.
-    cosine = torch.where(is_zero, 1.0, (1 - x) * (1 + x) - y.square())
-    angle = torch.atan2(2 * y, cosine)
-    B_re, B_im = (B * dt.unsqueeze(-1)).unbind(-1)
-    b_re = ((1 - x) * B_re - y * B_im) / denominator
-    b_im = ((1 - x) * B_im + y * B_re) / denominator
-    return torch.stack((log_modulus, angle), dim=-1), torch.stack((b_re, b_im), dim=-1)
+    # The angle of Abar = 0 is free, so it is 0.
+    cosine = torch.where(numerator == 0, 1.0, (1 - x) * (1 + x) - y.square())
+    return Pair(log_modulus, torch.atan2(2 * y, cosine))
+
+
+def _bilinear_log_slope(z: Pair) -> Pair:
+    """The derivative 1 / ((1 + z / 2) (1 - z / 2)), and 0 where Abar = 0."""
+    x, y = 1 + z.re / 2, z.im / 2  # 1 + z / 2
+    modulus = x.square() + y.square()
+    is_zero = modulus == 0
+    safe = torch.where(is_zero, 1.0, modulus)
+    inverse = Pair(torch.where(is_zero, 0.0, x / safe), -y / safe)
+    return multiply(inverse, _bilinear_gain(z))
+
+
+def _bilinear_gain(z: Pair) -> Pair:
+    """1 / (1 - z / 2)."""
+    x, y = 1 - z.re / 2, z.im / 2
+    modulus = x.square() + y.square()
+    return Pair(x / modulus, y / modulus)
 
 
 def _log_ratio(numerator: Tensor, denominator: Tensor, difference: Tensor) -> Tensor:
     """log(numerator / denominator), numerator - denominator = difference: exact near a ratio of 1 and near 0."""
     is_small = numerator < denominator / 2
-    excess = torch.where(is_small, 0.0, difference / denominator)
-    is_zero = numerator == 0
-    small = torch.where(is_small & ~is_zero, numerator, denominator)
-    log_small = torch.log(small / denominator)
-    log = torch.where(is_small, log_small, torch.log1p(excess))
-    return torch.where(is_zero, -torch.inf, log)
-
-
-def _zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    log_a = A * dt.unsqueeze(-1)
-    x, y = log_a.unbind(-1)
-    phi_re, phi_im = (zoh_gain if torch.compiler.is_exporting() else zoh_gain_op)(x, y)
-    B_re, B_im = (B * dt.unsqueeze(-1)).unbind(-1)
-    b = torch.stack((phi_re * B_re - phi_im * B_im, phi_re * B_im + phi_im * B_re), dim=-1)
-    return log_a, b
+    near_one = torch.log1p(torch.where(is_small, 0.0, difference / denominator))
+    return torch.where(is_small, torch.log(numerator / denominator), near_one)
 
 
 def exp_minus_one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,45 +105,20 @@ def exp_minus_one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return re, torch.exp(x) * torch.sin(y)
 
 
-def zoh_gain(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """phi(z) = (exp(z) - 1) / z of z = x + iy as (re, im), and 1 at z = 0; any shape."""
-    near, inverse = _split_by_size(x, y)
-    far = _multiply(exp_minus_one(x, y), inverse)
-    return _choose(near, _series(near, _gain_coefficients(x.dtype)), far)
+def _zoh_gain(z: Pair) -> Pair:
+    """phi(z) = (exp(z) - 1) / z, and 1 at z = 0."""
+    near = _Near.of(z)
+    far = multiply(Pair(*exp_minus_one(*z)), near.inverse)
+    return near.choose(_gain_coefficients(z.re.dtype), far)
 
 
-def _zoh_gain_slope(x: Tensor, y: Tensor, phi: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _zoh_gain_slope(z: Pair) -> Pair:
     """The derivative phi'(z) = (exp(z) - phi(z)) / z, which loses digits like eps / |z| where no series takes over."""
-    near, inverse = _split_by_size(x, y)
-    growth_re, growth_im = exp_minus_one(x, y)
-    far = _multiply((growth_re + 1 - phi[0], growth_im - phi[1]), inverse)
-    coefficients = _gain_coefficients(x.dtype)
-    return _choose(near, _series(near, [k * c for k, c in enumerate(coefficients)][1:]), far)
-
-
-class _Near(NamedTuple):
-    """Where |z| <= SERIES_RADIUS, and z there, 0 elsewhere."""
-
-    is_near: Tensor
-    x: Tensor
-    y: Tensor
-
-
-def _split_by_size(x: Tensor, y: Tensor) -> tuple[_Near, tuple[Tensor, Tensor]]:
-    """Give small z for a series, and 1 / z for the others."""
-    modulus = x.square() + y.square()
-    is_near = modulus < SERIES_RADIUS**2
-    safe = torch.where(is_near, 1.0, modulus)
-    return _Near(is_near, torch.where(is_near, x, 0.0), torch.where(is_near, y, 0.0)), (x / safe, -y / safe)
-
-
-def _choose(near: _Near, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    re, im = (torch.where(near.is_near, one, other) for one, other in zip(inside, outside, strict=True))
-    return re, im
-
-
-def _multiply(z: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.addcmul(z[0] * w[0], z[1], w[1], value=-1), torch.addcmul(z[0] * w[1], z[1], w[0])
+    near = _Near.of(z)
+    growth = Pair(*exp_minus_one(*z))
+    phi = multiply(growth, near.inverse)
+    far = multiply(Pair(growth.re + 1 - phi.re, growth.im - phi.im), near.inverse)
+    return near.choose([k * c for k, c in enumerate(_gain_coefficients(z.re.dtype))][1:], far)
 
 
 def _gain_coefficients(dtype: torch.dtype) -> list[float]:
@@ -140,58 +126,84 @@ def _gain_coefficients(dtype: torch.dtype) -> list[float]:
     return [1 / math.factorial(k + 1) for k in range(16 if dtype == torch.float64 else 10)]
 
 
-def _series(near: _Near, coefficients: list[float]) -> tuple[Tensor, Tensor]:
-    """sum_k coefficients[k] z^k by Horner's rule, real coefficients."""
-    _, x, y = near
-    re, im = x * coefficients[-1] + coefficients[-2], y * coefficients[-1]
-    for coefficient in coefficients[-3::-1]:
-        re, im = (
-            torch.addcmul(torch.addcmul(torch.full_like(x, coefficient), x, re), y, im, value=-1),
-            torch.addcmul(x * im, y, re),
-        )
-    return re, im
+class _Near(NamedTuple):
+    """Where |z| < SERIES_RADIUS, z there and 0 elsewhere, and 1 / z elsewhere."""
+
+    is_near: Tensor
+    z: Pair
+    inverse: Pair
+
+    @classmethod
+    def of(cls, z: Pair) -> _Near:
+        """Look at z."""
+        modulus = z.re.square() + z.im.square()
+        is_near = modulus < SERIES_RADIUS**2
+        safe = torch.where(is_near, 1.0, modulus)
+        small = Pair(torch.where(is_near, z.re, 0.0), torch.where(is_near, z.im, 0.0))
+        return cls(is_near, small, Pair(z.re / safe, -z.im / safe))
+
+    def choose(self, coefficients: list[float], far: Pair) -> Pair:
+        """sum_k coefficients[k] z^k by Horner's rule where z is near, ``far`` elsewhere."""
+        x, y = self.z
+        re, im = x * coefficients[-1] + coefficients[-2], y * coefficients[-1]
+        for coefficient in coefficients[-3::-1]:
+            first = torch.addcmul(torch.full_like(x, coefficient), x, re)
+            re, im = torch.addcmul(first, y, im, value=-1), torch.addcmul(x * im, y, re)
+        return Pair(torch.where(self.is_near, re, far.re), torch.where(self.is_near, im, far.im))
 
 
-@torch.library.custom_op("hippos::zoh_gain", mutates_args=())
-def zoh_gain_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`zoh_gain` as one node: automatic differentiation of the series takes hundreds of small steps."""
-    return zoh_gain(x, y)
+@torch.library.custom_op("hippos::discretise", mutates_args=())
+def discretise_op(A: Tensor, B: Tensor, dt: Tensor, is_zoh: bool) -> tuple[Tensor, Tensor]:
+    """`_convert` as one node: automatic differentiation would take hundreds of small steps."""
+    return _convert(A, B, dt, is_zoh)
 
 
-@zoh_gain_op.register_fake
-def _gain_shapes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+@discretise_op.register_fake
+def _discrete_shapes(A: Tensor, B: Tensor, dt: Tensor, is_zoh: bool) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-@torch.library.custom_op("hippos::zoh_gain_backward", mutates_args=())
-def zoh_gain_backward_op(
-    x: Tensor, y: Tensor, phi_re: Tensor, phi_im: Tensor, d_re: Tensor, d_im: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and y: those of the outputs times the conjugate of the derivative."""
-    slope_re, slope_im = _zoh_gain_slope(x, y, (phi_re, phi_im))
-    return _multiply((d_re, d_im), (slope_re, -slope_im))
+@torch.library.custom_op("hippos::discretise_backward", mutates_args=())
+def discretise_backward_op(
+    A: Tensor, B: Tensor, dt: Tensor, d_log_a: Tensor, d_b: Tensor, is_zoh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of A, B and dt: with z = dt A and s = dt B, log_a is a function of z and b is s times a gain of z."""
+    step = dt.unsqueeze(-1)
+    pole, weight = split_pairs(A, A.dtype), split_pairs(B, B.dtype)
+    z, scaled = scale(pole, step), scale(weight, step)
+    d_log, d_input = split_pairs(d_log_a, A.dtype), split_pairs(d_b, B.dtype)
+    if is_zoh:
+        gain, gain_slope = _zoh_gain(z), _zoh_gain_slope(z)
+    else:
+        gain = _bilinear_gain(z)
+        gain_slope = scale(multiply(gain, gain), 0.5)
+        d_log = multiply_conj(d_log, _bilinear_log_slope(z))
+    d_z = add(d_log, multiply_conj(d_input, multiply(scaled, gain_slope)))
+    d_scaled = multiply_conj(d_input, gain)
+    d_dt = d_z.re * pole.re + d_z.im * pole.im + d_scaled.re * weight.re + d_scaled.im * weight.im
+    return join_pairs(scale(d_z, step)), join_pairs(scale(d_scaled, step)), d_dt.sum(-1)
 
 
-@zoh_gain_backward_op.register_fake
-def _gain_gradient_shapes(
-    x: Tensor, y: Tensor, phi_re: Tensor, phi_im: Tensor, d_re: Tensor, d_im: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+@discretise_backward_op.register_fake
+def _gradient_shapes(
+    A: Tensor, B: Tensor, dt: Tensor, d_log_a: Tensor, d_b: Tensor, is_zoh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return A.new_empty(A.shape), B.new_empty(B.shape), dt.new_empty(dt.shape)
 
 
-def _save_gain(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.is_zoh = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gain_backward(ctx: Any, d_re: Tensor, d_im: Tensor) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = zoh_gain_backward_op(*ctx.saved_tensors, d_re, d_im)
-    return gradients
+def _backward(ctx: Any, d_log_a: Tensor, d_b: Tensor) -> tuple[Tensor | None, ...]:
+    return *discretise_backward_op(*ctx.saved_tensors, d_log_a, d_b, ctx.is_zoh), None
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise UnsupportedError("discretise has no second derivative with method='zoh'; method='bilinear' has")
+    raise UnsupportedError("discretise has no second derivative")
 
 
-zoh_gain_op.register_autograd(_gain_backward, setup_context=_save_gain)
-zoh_gain_backward_op.register_autograd(_refuse_second_derivative)
-stack_as_channels(zoh_gain_op, inputs=(0, 0), outputs=(0, 0), any_strides=True)
+discretise_op.register_autograd(_backward, setup_context=_save)
+discretise_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(discretise_op, inputs=(0, 0, 0, None), outputs=(0, 0), any_strides=True)

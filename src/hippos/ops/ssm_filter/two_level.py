@@ -15,13 +15,19 @@ from hippos.errors import UnsupportedError
 from hippos.ops.modes import Modes, filter_taps, filter_taps_adjoint
 from hippos.ops.powers import power_tables
 from hippos.ops.precision import without_autocast
+from hippos.ops.ssm_filter.small import is_small, ssm_filter_small_op
 from hippos.ops.stacking import stack_as_channels
 
 
 def ssm_filter_torch(log_a: Tensor, b: Tensor, c: Tensor, filter_len: int) -> Tensor:
     """Arguments as in `ssm_filter`."""
-    make = ssm_filter_two_level if torch.compiler.is_exporting() else ssm_filter_op
-    taps: Tensor = make(log_a, b, c, filter_len)
+    if torch.compiler.is_exporting():
+        return ssm_filter_two_level(log_a, b, c, filter_len)
+    taps: Tensor
+    if is_small(log_a, filter_len):
+        taps, _ = ssm_filter_small_op(log_a, b, c, filter_len)
+    else:
+        taps = ssm_filter_op(log_a, b, c, filter_len)
     return taps
 
 
