@@ -90,6 +90,9 @@ def test_stop_strings(run):
         (["--prompt", ""], "the prompt '' makes no token; give at least one character to continue"),
         (["--prompt", "a", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--prompt", "a", "--min-p", "2"], "min_p must be from 0 to 1, got 2.0"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive number, got 0.0"),
+        (["--prompt", "abc", "--context", "9"], "prompt 0 has 3 tokens, and 128 more are wanted: the attention"),
         (["--prompt", "a", "--stop", ""], "a stop string must have at least one character"),
         (["--prompt", "a", "--device", "cuda:77"], "this machine has no device 'cuda:77'"),
         (["--prompt", "a", "--tokenizer", "./nowhere"], "no tokenizer can be read from ./nowhere"),
@@ -114,6 +117,56 @@ def test_usage_errors(run, args, stdin, words):
     result = run(*args, stdin=stdin)
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+def test_a_file_of_prompts(run, tmp_path):
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "def ", "id": "a"}\n"class "\n{"prompt": "for i"}\n')
+    options = ("--batch-file", str(prompts), "--out", str(answers), "--max-new-tokens", "8", "--batch-size", "2")
+    done = run(*options, "--seed", "1")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("3 prompts answered, ")
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(answer["line"], answer["prompt"]) for answer in written] == [(1, "def "), (2, "class "), (3, "for i")]
+    assert written[0]["id"] == "a"
+    whole = answers.read_text()
+    answers.write_text("".join(whole.splitlines(keepends=True)[:1]))
+    again = run(*options, "--json")
+    assert answers.read_text() == whole
+    assert json.loads(again.stdout)["n_before"] == 1
+
+
+def test_broken_lines_are_named_and_the_others_done(run, tmp_path):
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('"def "\n{"prompt"\n"x"\n""\n')
+    done = run("--batch-file", str(prompts), "--out", str(answers), "--max-new-tokens", "4")
+    assert done.exit_code == 1
+    assert len(answers.read_text().splitlines()) == 2
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"hippos: {prompts} line 2: not JSON")
+    assert lines[1].startswith(f"hippos: {prompts} line 4: the prompt '' makes no token")
+    assert lines[2] == f"hippos: error: 2 lines of {prompts} are no prompts: 2, 4; the others are done"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--batch-file", "p.jsonl"], "--out answers.jsonl"),
+        (["--out", "a.jsonl", "--prompt", "a"], "--out goes with --batch-file"),
+        (["--batch-size", "3", "--prompt", "a"], "--batch-size goes with --batch-file"),
+        (["--batch-file", "p.jsonl", "--prompt", "a"], "either --prompt or --batch-file"),
+    ],
+)
+def test_options_that_do_not_go_together(run, args, words):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+def test_a_missing_file_of_prompts(run, tmp_path):
+    result = run("--batch-file", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "a.jsonl"))
+    assert result.exit_code == 1
+    assert result.stderr == f"hippos: error: No such file or directory: {tmp_path}/none.jsonl\n"
 
 
 def test_missing_weights_are_one_plain_line(hippos, folder, tmp_path):

@@ -346,7 +346,12 @@ def test_half_precision_keeps_its_recurrence_in_float32(make_model, ids, shape, 
         (torch.tensor([[1, 2]]), {"attention_mask": torch.ones(2, 2)}, ValueError, "shape of input_ids"),
         (torch.tensor([[1, 2, 3]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "row 0"),
         ([[1, 2]], {"lengths": [1]}, ValueError, "tensor of input_ids"),
-        (torch.tensor([[1, 2]]), {"context": 5}, PromptError, "2 tokens, and 9 more .* room for 5"),
+        (
+            torch.tensor([[1, 2]]),
+            {"context": 5},
+            PromptError,
+            "prompt 0 has 2 tokens, and 9 more .* cache .context. has room for 5",
+        ),
         (torch.tensor([[1, 2]]), {"context": 0}, ConfigError, "context must be at least 1"),
         (torch.tensor([[1, 2]]), {"min_p": 1.5}, ConfigError, "min_p must be from 0 to 1"),
         (torch.tensor([[1, 2]]), {"repetition_penalty": 0.0}, ConfigError, "repetition_penalty must be"),
@@ -358,7 +363,7 @@ def test_bad_input(make_model, prompt, options, error, words):
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused(make_model, ids):
-    with pytest.raises(PromptError, match="room for 16"):
+    with pytest.raises(PromptError, match="learned positions has room for 16"):
         generate(make_model(attn_layers=(1,), learned_positions=16), ids(1, 10), max_new_tokens=7)
 
 

@@ -1,4 +1,4 @@
-"""``hippos generate``: continue a prompt."""
+"""``hippos generate``: continue a prompt, or every prompt of a file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hippos.cli.failures import fail
 from hippos.cli.quiet import quiet_transformers
 
 # Control characters but for tab and newline -> their pictures, such as the symbol for escape.
@@ -28,6 +30,13 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(metavar="P", help="Draw from the most probable tokens that sum to P only.")
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Draw only from tokens at least P times as probable as the most probable."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="R", help="Above 1: make tokens that are in the text already less probable.")
+    ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed writes the same text.")] = None,
     stop: Annotated[
@@ -41,6 +50,21 @@ def generate(
     ] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the text.")] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Room for N tokens, prompt and text, in the attention layers; none: as needed."),
+    ] = None,
+    batch_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='Continue every line of FILE: {"prompt": "..."} or "...", with --out.'),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the answers to --batch-file go; goes on where it stopped."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Prompts written together: 64 on a GPU, else 8.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Continue a prompt; the text appears as it is written.
@@ -50,24 +74,31 @@ def generate(
     Example:
         hippos generate runs/demo --prompt "def main(" --max-new-tokens 200
         git diff | hippos generate gpt2 --greedy --stop "diff"
+        hippos generate runs/demo --batch-file prompts.jsonl --out answers.jsonl
     """
     _check_dtype(dtype)
-    text = _read_prompt(prompt)
+    _check_files(prompt, batch_file, out, batch_size)
+    text = "" if batch_file is not None else _read_prompt(prompt)
 
-    from hippos.generate import Sampling, load_text_model, stream_text
+    from hippos.generate import Generator, Sampling, load_text_model, stream_text
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=0.0 if greedy else temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
     )
     with _waiting("Opening the model"):
         quiet_transformers()
         opened = load_text_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
-    stream = stream_text(*opened, text, sampling)
+    if batch_file is not None and out is not None:
+        _answer(Generator(*opened, context=context), batch_file, out, sampling, batch_size, as_json)
+        return
+    stream = stream_text(*opened, text, sampling, context=context)
     if as_json:
         _drain(stream, max_new_tokens)
         typer.echo(json.dumps(stream.result.as_dict(), ensure_ascii=False, indent=2))
@@ -79,6 +110,52 @@ def _check_dtype(dtype: str) -> None:
     names = ("auto", "float32", "bfloat16", "float16", "float64")
     if dtype not in names:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(names)}", param_hint="--dtype")
+
+
+def _check_files(prompt: str | None, batch_file: Path | None, out: Path | None, batch_size: int | None) -> None:
+    if batch_file is None:
+        for name, value in (("--out", out), ("--batch-size", batch_size)):
+            if value is not None:
+                raise typer.BadParameter(f"{name} goes with --batch-file", param_hint=name)
+        return
+    if prompt is not None:
+        raise typer.BadParameter("give either --prompt or --batch-file", param_hint="--prompt")
+    if out is None:
+        raise typer.BadParameter("say where the answers go: --out answers.jsonl", param_hint="--out")
+    if out.exists() and batch_file.exists() and out.samefile(batch_file):
+        raise typer.BadParameter("the answers cannot go into the file of the prompts", param_hint="--out")
+
+
+def _answer(writer: Any, batch_file: Path, out: Path, sampling: Any, batch_size: int | None, as_json: bool) -> None:
+    """Work off a file of prompts behind a progress bar; fail at the end if some of its lines are broken."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from hippos.generate import answer_file
+
+    n_together = batch_size or (64 if writer.model.device.type == "cuda" else 8)
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Answering", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        report = answer_file(writer, batch_file, out, sampling, batch_size=n_together, on_progress=show)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), ensure_ascii=False, indent=2))
+    else:
+        before = f", {report.n_before} had theirs before" if report.n_before else ""
+        typer.echo(f"{report.n_answered} prompts answered, {report.n_new_tokens:,} tokens{before}; seed {report.seed}")
+    for number, fault in report.broken:
+        typer.echo(f"hippos: {batch_file} line {number}: {' '.join(fault.split())}", err=True)
+    if report.broken:
+        numbers = ", ".join(str(number) for number, _ in report.broken[:20])
+        more = " and more" if len(report.broken) > 20 else ""
+        fail(f"{len(report.broken)} lines of {batch_file} are no prompts: {numbers}{more}; the others are done")
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from hippos.generate.batch_file import BatchReport, answer_file
 from hippos.generate.engine import Generated, Generator, generate
 from hippos.generate.load import load_text_model
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
+from hippos.generate.state_file import load_state, save_state
 from hippos.generate.stream import NewTokens, TokenStream
 from hippos.generate.text import GeneratedText, TextStream, generate_text, stream_text
 
 __all__ = [
+    "BatchReport",
     "Generated",
     "GeneratedText",
     "GenerationState",
@@ -18,8 +21,11 @@ __all__ = [
     "Sampling",
     "TextStream",
     "TokenStream",
+    "answer_file",
     "generate",
     "generate_text",
+    "load_state",
     "load_text_model",
+    "save_state",
     "stream_text",
 ]

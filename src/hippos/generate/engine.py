@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from hippos.errors import ConfigError, PromptError, UnsupportedError
 from hippos.generate.cache_decoder import CacheDecoder
+from hippos.generate.graph_steps import GraphSteps
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.memory import advising_on_memory, check_fits
 from hippos.generate.prompts import split_prompts
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
+from hippos.generate.steps import EagerSteps
 from hippos.generate.stream import EndTexts, FinishReason, TokenStream
 
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
@@ -91,8 +93,11 @@ class Generator:
         if cuda_graph and not can_capture:
             raise UnsupportedError(f"a CUDA graph needs an H3 model on a CUDA device, got one on {model.device}")
         self.cuda_graph = can_capture if cuda_graph is None else cuda_graph
+        # Longer texts need new memory and a new graph: not for every token more.
+        self._room = 256 if self.cuda_graph else 1
         self._held: GenerationState | None = None
-        self._graphs: dict[Any, Any] = {}
+        self._graphs: dict[Any, GraphSteps] = {}
+        self._weights: Any = None
         self._stream: TokenStream | None = None
 
     def stream(
@@ -143,19 +148,23 @@ class Generator:
         ends = EndTexts.find(self.model, self.tokenizer, eos_token_id, pad_token_id)
         held, context = self._hold(pieces, sampling.max_new_tokens, state)
         with self._advising(len(pieces), context):
-            decoder = self._decoder(pieces, state, held)
+            steps = self._make_steps(len(pieces), sampling, held, log_probs=log_probs)
+            if held is not None:
+                part = steps.decoder.state
+                part.clear()
+                if state is not None:
+                    part.copy_from(state)
+            steps.decoder.read(pieces)
         self._stream = TokenStream(
-            decoder,
+            steps,
             sampling,
             ends,
             tokenizer=self.tokenizer,
             batch=len(pieces),
-            n_tokens=self.n_tokens,
             device=self.model.device,
             log_probs=log_probs,
             rows=rows,
             keep_state=keep_state,
-            graphs=self._graphs if self.cuda_graph else None,
             guard=lambda: self._advising(len(pieces), context),
         )
         return self._stream
@@ -198,7 +207,7 @@ class Generator:
             tokens=tokens,
             lengths=torch.tensor([len(row) for row in stream.new_tokens], device=tokens.device),
             log_probs=stream.padded_log_probs(),
-            finish_reasons=tuple(stream.finish_reasons),
+            finish_reasons=tuple(reason for reason in stream.finish_reasons if reason is not None),
             texts=None if self.tokenizer is None else tuple(stream.texts),
             seed=stream.seed,
             state=stream.state if keep_state else None,
@@ -244,6 +253,27 @@ class Generator:
         n_model: int = self.model.config.get_text_config().vocab_size
         return n_model if self.tokenizer is None else min(len(self.tokenizer), n_model)
 
+    def check_length(self, n_tokens: int, max_new_tokens: int, what: str = "the prompt") -> None:
+        """Raise unless there is room for a text.
+
+        Args:
+            n_tokens: Tokens of the prompt, and of what came before it.
+            max_new_tokens: Tokens that may follow.
+            what: Its name in the message.
+
+        Raises:
+            PromptError: If the text is longer than ``context``, or than the model has positions for.
+        """
+        rooms = {
+            "the attention layers' cache (context)": self.context,
+            "the model's learned positions": getattr(self.model.config, "learned_positions", None),
+        }
+        for name, room in rooms.items():
+            if room and n_tokens + max_new_tokens > room:
+                raise PromptError(
+                    f"{what} has {n_tokens} tokens, and {max_new_tokens} more are wanted: {name} has room for {room}"
+                )
+
     def _split(
         self,
         input_ids: Prompts,
@@ -272,20 +302,12 @@ class Generator:
     ) -> tuple[GenerationState | None, int]:
         """The static state, with enough room, and the longest text's tokens."""
         totals = self._totals(pieces, state)
+        for row, total in enumerate(totals):
+            self.check_length(total, max_new_tokens, f"prompt {row}")
         needed = max(totals) + max_new_tokens
-        limit = self.context
-        positions = getattr(self.model.config, "learned_positions", 0)
-        if positions and (limit is None or positions < limit):
-            limit = positions
-        if limit is not None and needed > limit:
-            row = totals.index(max(totals))
-            raise PromptError(
-                f"prompt {row} has {max(totals)} tokens, and {max_new_tokens} more are wanted: there is room for "
-                f"{limit} in all"
-            )
         if not self.is_h3:
             return None, needed
-        context = self.context or needed
+        context = self.context or -(-needed // self._room) * self._room
         held = self._held
         if held is None or held.batch < len(pieces) or (held.context or context) < context:
             n_held = 0 if held is None else held.n_bytes
@@ -296,21 +318,27 @@ class Generator:
                 self._held = GenerationState.empty(self.model, len(pieces), context=context)
         return self._held, context
 
-    def _decoder(
-        self, pieces: list[Tensor], state: GenerationState | None, held: GenerationState | None
-    ) -> H3Decoder | CacheDecoder:
-        """A decoder that has read the prompts."""
+    def _make_steps(
+        self, batch: int, sampling: Sampling, held: GenerationState | None, *, log_probs: bool
+    ) -> EagerSteps | GraphSteps:
+        """Steps of a decoder that has read nothing yet; captured ones are kept as long as the weights stay."""
+        options = {"n_tokens": self.n_tokens, "log_probs": log_probs}
+        decoder: H3Decoder | CacheDecoder
         if held is None:
-            plain = CacheDecoder(self.model, chunk_len=self.chunk_len)
-            plain.read(pieces)
-            return plain
-        part = held.rows(0, len(pieces))
-        part.clear()
-        if state is not None:
-            part.copy_from(state)
-        decoder = H3Decoder(self.model, part, chunk_len=self.chunk_len)
-        decoder.read(pieces)
-        return decoder
+            decoder = CacheDecoder(self.model, chunk_len=self.chunk_len)
+            return EagerSteps(decoder, sampling, batch=batch, device=self.model.device, **options)
+        if not self.cuda_graph:
+            decoder = H3Decoder(self.model, held.rows(0, batch), chunk_len=self.chunk_len)
+            return EagerSteps(decoder, sampling, batch=batch, device=self.model.device, **options)
+        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if weights != self._weights:
+            self._graphs.clear()
+            self._weights = weights
+        key = (batch, replace(sampling, max_new_tokens=1, seed=None, stop=()), *options.values())
+        if key not in self._graphs:
+            decoder = H3Decoder(self.model, held.rows(0, batch), chunk_len=self.chunk_len)
+            self._graphs[key] = GraphSteps(decoder, sampling, **options)
+        return self._graphs[key]
 
     def _totals(self, pieces: list[Tensor], state: GenerationState | None) -> list[int]:
         past = [0] * len(pieces) if state is None else state.n_tokens

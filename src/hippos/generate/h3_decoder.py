@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from hippos.generate.fused_step import FusedStep
 from hippos.generate.state import GenerationState, KeyValues
 from hippos.layers import S4
 from hippos.layers.projections import project_tokens
 from hippos.models.attention import CachedSelfAttention
 from hippos.ops import H3State
+from hippos.ops.decode import MOST_ROWS, StepImpl, attention_step
 
 TOKENS_AT_ONCE = {"cuda": 65536, "cpu": 8192}
 
@@ -67,7 +69,7 @@ class H3Decoder:
         self.model = model
         self.state = state
         self.chunk_len = chunk_len
-        self._weights_dtype = model.model.norm.weight.dtype
+        self._fused = FusedStep(model) if FusedStep.fits(model) else None
 
     @property
     def seen(self) -> Tensor:
@@ -96,13 +98,31 @@ class H3Decoder:
         """The logits of the next token of each text, shape (B, V)."""
         return project_tokens(self.model.lm_head, self.state.hidden)[:, : self.model.config.vocab_size]
 
-    @torch.no_grad()
     def advance(self, tokens: Tensor) -> None:
         """Read one more token of each text.
 
         Args:
             tokens: Ids, shape (B,), on the model's device.
         """
+        self.step_on_device(tokens)
+        self.count_step()
+
+    @torch.no_grad()
+    def step_on_device(self, tokens: Tensor) -> None:
+        """What `advance` does on the device: on a CUDA device always the same operations on the same memory."""
+        if self._fused is not None and len(tokens) <= MOST_ROWS:
+            self._fused.advance(tokens, self.state)
+        else:
+            self._advance(tokens)
+        self.state.seen.scatter_(1, tokens.unsqueeze(1), True)
+        self.state.lengths.add_(1)
+        self.state.ring.add_(1)
+
+    def count_step(self) -> None:
+        """Note on the host that each text has one more token."""
+        self.state.n_tokens[:] = [n + 1 for n in self.state.n_tokens]
+
+    def _advance(self, tokens: Tensor) -> None:
         state, body = self.state, self.model.model
         x = F.embedding(tokens, body.embed_tokens.weight)
         if body.embed_positions is not None:
@@ -111,32 +131,23 @@ class H3Decoder:
             u = block.norm1(x)
             if isinstance(layer, KeyValues):
                 x = x + self._attend_one(block.mixer, u, layer)
+            elif isinstance(layer, H3State):
+                x = x + block.mixer.step(u, layer, ring_position=state.ring)
             else:
                 x = x + block.mixer.step(u, layer)
             x = x + block.mlp(block.norm2(x))
         state.hidden.copy_(body.norm(x))
-        state.seen.scatter_(1, tokens.unsqueeze(1), True)
-        state.lengths.add_(1)
-        self.count_step()
-
-    def count_step(self) -> None:
-        """Note on the host that each text has one more token."""
-        self.state.n_tokens[:] = [n + 1 for n in self.state.n_tokens]
 
     def _attend_one(self, mixer: CachedSelfAttention, u: Tensor, cache: KeyValues) -> Tensor:
-        n_tokens, lengths = self.state.n_tokens, self.state.lengths
-        width, is_level = max(n_tokens) + 1, min(n_tokens) == max(n_tokens)
+        lengths = self.state.lengths
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for place, new in ((cache.keys, k), (cache.values, v)):
-                if is_level:
-                    place[:, :, width - 1] = new[:, :, 0]
-                else:
-                    place[torch.arange(len(n_tokens), device=u.device), :, lengths] = new[:, :, 0]
-            mask = None
-            if not is_level:
-                mask = torch.arange(width, device=u.device) <= lengths[:, None, None, None]  # (B, 1, 1, width)
-            return F.scaled_dot_product_attention(q, cache.keys[:, :, :width], cache.values[:, :, :width], mask)
+            if u.device.type == "cpu":
+                return _attend_step(q, k, v, cache, lengths, self.state.n_tokens)
+            # The host's counts must not matter here: the step may become part of a CUDA graph.
+            impl: StepImpl = "reference" if u.dtype == torch.float64 else "triton"
+            o = attention_step(*(x.squeeze(2) for x in (q, k, v)), cache.keys, cache.values, lengths, impl=impl)
+            return o.unsqueeze(2)
 
         position_ids = lengths.unsqueeze(1) if mixer.rotary_dim else None
         return mixer(u.unsqueeze(1), position_ids=position_ids, attend=attend).squeeze(1)
@@ -157,14 +168,28 @@ class H3Decoder:
                 x = x + _attend_chunk(block.mixer, u, layer, chunk, position_ids)
             else:
                 x = x + _mix_chunk(block.mixer, u, layer, chunk)
+            if block is body.layers[-1]:  # of its outputs, only the last tokens' are wanted
+                x = x[0, [end - 1 for end in chunk.bounds[1:]]] if chunk.is_packed else x[:, -1]
             x = x + block.mlp(block.norm2(x))
-        last = x[0, [end - 1 for end in chunk.bounds[1:]]] if chunk.is_packed else x[:, -1]
         index = torch.tensor(rows, device=ids.device)
-        state.hidden.index_copy_(0, index, body.norm(last))
+        state.hidden.index_copy_(0, index, body.norm(x))
         state.lengths.index_add_(0, index, torch.tensor(lengths, device=ids.device))
         for row, piece in zip(rows, pieces, strict=True):
             state.seen[row].index_fill_(0, piece, True)
             state.n_tokens[row] += piece.shape[0]
+
+
+def _attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, lengths: Tensor, n_tokens: list[int]) -> Tensor:
+    """Attend with one query of each text, (B, H, 1, P), to the filled part of the cache."""
+    width, is_level = max(n_tokens) + 1, min(n_tokens) == max(n_tokens)
+    mask = None
+    if is_level:
+        cache.keys[:, :, width - 1], cache.values[:, :, width - 1] = k[:, :, 0], v[:, :, 0]
+    else:
+        row = torch.arange(len(n_tokens), device=q.device)
+        cache.keys[row, :, lengths], cache.values[row, :, lengths] = k[:, :, 0], v[:, :, 0]
+        mask = torch.arange(width, device=q.device) <= lengths[:, None, None, None]  # (B, 1, 1, width)
+    return F.scaled_dot_product_attention(q, cache.keys[:, :, :width], cache.values[:, :, :width], mask)
 
 
 def _positions(chunk: Chunk, ids: Tensor) -> Tensor:
@@ -223,19 +248,20 @@ def _attend_chunk(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if is_level:
-            return _attend_rows(q, k, v, cache, slice(None), chunk.starts[0])
+            return _attend_rows((q, k, v), cache, slice(None), chunk.starts[0])
         outputs = []
         for i, (row, n_past, n_new) in enumerate(zip(chunk.rows, chunk.starts, chunk.lengths, strict=True)):
             place = (slice(0, 1), chunk.bounds[i]) if chunk.is_packed else (slice(i, i + 1), 0)
             parts = [x[place[0], :, place[1] : place[1] + n_new] for x in (q, k, v)]  # (1, H, n_new, P)
-            outputs.append(_attend_rows(*parts, cache, slice(row, row + 1), n_past))
+            outputs.append(_attend_rows((parts[0], parts[1], parts[2]), cache, slice(row, row + 1), n_past))
         return torch.cat(outputs, dim=2 if chunk.is_packed else 0)
 
     return mixer(u, position_ids=position_ids if mixer.rotary_dim else None, attend=attend)
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, rows: slice, n_past: int) -> Tensor:
+def _attend_rows(qkv: tuple[Tensor, Tensor, Tensor], cache: KeyValues, rows: slice, n_past: int) -> Tensor:
     """Rows that all hold ``n_past`` tokens; queries, keys and values (b, H, L, P)."""
+    q, k, v = qkv
     width = n_past + q.shape[2]
     cache.keys[rows, :, n_past:width] = k
     cache.values[rows, :, n_past:width] = v

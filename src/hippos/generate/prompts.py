@@ -57,7 +57,7 @@ def split_prompts(
     if together.numel():
         check_vocabulary(together, vocab_size)
     sizes = [piece.shape[0] for piece in pieces]
-    return list(together.to(device=device, dtype=torch.long).split(sizes))
+    return list(torch.split(together.to(device=device, dtype=torch.long), sizes))
 
 
 def _cut_rows(ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> list[Tensor]:

@@ -41,8 +41,8 @@ class GenerationState:
         n_tokens: The same on the host.
         hidden: The normalised stream at the last tokens, shape (B, D): the next tokens' logits are one product away.
         seen: True at tokens that a text holds, shape (B, V).
-        ring: Where the oldest key of the shift states is, shape (1,), int32: the keys lie in a ring, oldest first from
-            there on. 0 after reading, when decoding begins.
+        ring: Steps since the last reading, shape (1,), int64: the keys of the shift states lie in a ring, see
+            `hippos.ops.h3_step`.
         model: The model whose state it is.
     """
 
@@ -65,7 +65,10 @@ class GenerationState:
                 shape = (batch, mixer.n_heads, context, mixer.head_dim)
                 layers.append(KeyValues(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))))
             elif isinstance(mixer, H3):
-                layers.append(mixer.init_state(batch, dtype=dtype))
+                shift, diag = mixer.init_state(batch, dtype=dtype)
+                # A decode step overwrites one key of each channel: side by side in memory, those of all channels.
+                slots = shift.new_zeros(shift.shape[2], batch, shift.shape[1]).permute(1, 2, 0)
+                layers.append(H3State(slots, diag))
             else:
                 layers.append(mixer.init_state(batch))
         return cls(
@@ -74,7 +77,7 @@ class GenerationState:
             n_tokens=[0] * batch,
             hidden=torch.zeros(batch, config.hidden_size, device=device, dtype=dtype),
             seen=torch.zeros(batch, config.padded_vocab_size, dtype=torch.bool, device=device),
-            ring=torch.zeros(1, dtype=torch.int32, device=device),
+            ring=torch.zeros(1, dtype=torch.long, device=device),
             model=model,
         )
 
@@ -181,12 +184,12 @@ class GenerationState:
 
     def settle(self) -> None:
         """Bring the keys of the shift states into their order, oldest first from place 0, in place."""
-        start = int(self.ring)
-        if start == 0:
+        n_steps = int(self.ring)
+        if n_steps == 0:
             return
         for layer in self.layers:
-            if isinstance(layer, H3State):
-                layer.shift.copy_(layer.shift.roll(-start, dims=-1))
+            if isinstance(layer, H3State) and layer.shift.shape[-1]:
+                layer.shift.copy_(layer.shift.roll(-(n_steps % layer.shift.shape[-1]), dims=-1))
         self.ring.zero_()
 
     def _map(self, change: Callable[[Tensor], Tensor], n_tokens: list[int], *, ring: Tensor) -> GenerationState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,15 +19,13 @@ class Steps(Protocol):
     """What `TokenStream` asks for."""
 
     seed: int
+    decoder: Any
 
-    def start(self, seed: int | None, rows: Sequence[int] | None) -> None:
+    def start(self, seed: int | None, rows: Sequence[int] | None, *, max_new_tokens: int) -> None:
         """Begin a generation behind prompts that have been read."""
 
-    def next(self, *, is_last: bool) -> HostStep:
+    def next(self) -> HostStep:
         """Give the next token of each row, and its log-probability if it was asked for."""
-
-    def stop(self, row: int) -> None:
-        """End a row."""
 
 
 class EagerSteps:
@@ -36,7 +34,6 @@ class EagerSteps:
     Args:
         decoder: A decoder that has read the prompts.
         sampling: How tokens are chosen.
-        eos: Tokens that end a row.
         n_tokens: Ids from here on are never chosen.
         batch: Rows.
         device: Where they are.
@@ -47,7 +44,6 @@ class EagerSteps:
         self,
         decoder: H3Decoder | CacheDecoder,
         sampling: Sampling,
-        eos: tuple[int, ...],
         *,
         n_tokens: int,
         batch: int,
@@ -58,15 +54,16 @@ class EagerSteps:
         self._sampler = Sampler(sampling, n_tokens, device=device, batch=batch)
         self._wants_log_probs = log_probs
         self._tokens: Tensor | None = None
-        self._log_probs: Tensor | None = None
+        self.seed = self._sampler.seed
 
-    def start(self, seed: int | None, rows: Sequence[int] | None) -> None:
+    def start(self, seed: int | None, rows: Sequence[int] | None, *, max_new_tokens: int) -> None:
         """Begin a generation."""
-        self._sampler.restart(self._sampler.seed if seed is None else seed, rows)
+        self._tokens = None
+        self._sampler.restart(seed, rows)
         self.seed = self._sampler.seed
 
     @torch.no_grad()
-    def next(self, *, is_last: bool) -> HostStep:
+    def next(self) -> HostStep:
         """Give the next token of each row."""
         if self._tokens is not None:
             # A row that has ended goes on with tokens that nobody sees.
@@ -77,6 +74,3 @@ class EagerSteps:
         if not self._wants_log_probs:
             return self._tokens.tolist(), None
         return self._tokens.tolist(), log_probability(logits, self._tokens).tolist()
-
-    def stop(self, row: int) -> None:
-        """Nothing is to be done: the row's tokens are computed with the others, and dropped."""

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.generate.cache_decoder import CacheDecoder
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.pieces import PieceDecoder, StopFilter
 from hippos.generate.sampling import Sampling, check_finite
 from hippos.generate.state import GenerationState
-from hippos.generate.steps import EagerSteps, Steps
+from hippos.generate.steps import Steps
 
 FinishReason = Literal["length", "eos", "stop"]
 
@@ -75,18 +74,16 @@ class TokenStream(Iterator[NewTokens]):
 
     def __init__(
         self,
-        decoder: H3Decoder | CacheDecoder,
+        steps: Steps,
         sampling: Sampling,
         ends: EndTexts,
         *,
         tokenizer: Any,
         batch: int,
-        n_tokens: int,
         device: torch.device,
         log_probs: bool,
         rows: Sequence[int] | None,
         keep_state: bool,
-        graphs: dict[Any, Any] | None,
         guard: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.ends = ends
@@ -94,30 +91,25 @@ class TokenStream(Iterator[NewTokens]):
         self.new_tokens: list[list[int]] = [[] for _ in range(batch)]
         self.log_probs: list[list[float]] | None = [[] for _ in range(batch)] if log_probs else None
         self.finish_reasons: list[FinishReason | None] = [None] * batch
-        self._decoder = decoder
         self._device = device
         self._guard = guard
         self._writers = None if tokenizer is None else [_Writer(tokenizer, sampling.stop) for _ in range(batch)]
         self._before: GenerationState | None = None
         self._after: GenerationState | None = None
         if keep_state:
-            if not isinstance(decoder, H3Decoder):
+            if not isinstance(steps.decoder, H3Decoder):
                 raise UnsupportedError("states of their own are there for H3 models only")
-            self._before = decoder.state.clone()
-        self._steps: Steps = EagerSteps(
-            decoder, sampling, ends.eos, n_tokens=n_tokens, batch=batch, device=device, log_probs=log_probs
-        )
-        self._steps.start(sampling.seed, rows)
+            self._before = steps.decoder.state.clone()
+        self._steps = steps
+        self._steps.start(sampling.seed, rows, max_new_tokens=sampling.max_new_tokens)
         self.seed = self._steps.seed
-        self._n_steps = 0
         self._is_closed = False
 
     def __next__(self) -> NewTokens:
         if self._is_closed or None not in self.finish_reasons:
             raise StopIteration
         with self._guard():
-            tokens, log_probs = self._steps.next(is_last=self._n_steps + 1 >= self.sampling.max_new_tokens)
-        self._n_steps += 1
+            tokens, log_probs = self._steps.next()
         before = None if self._writers is None else [writer.n_pieces for writer in self._writers]
         shown: list[int | None] = []
         shown_log_probs: list[float | None] = []
@@ -163,7 +155,7 @@ class TokenStream(Iterator[NewTokens]):
             pieces = [torch.tensor(row, dtype=torch.long, device=self._device) for row in self.new_tokens]
             self._after = self._before
             with self._guard():
-                H3Decoder(self._after.model, self._after, chunk_len=self._decoder.chunk_len).read(pieces)
+                H3Decoder(self._after.model, self._after, chunk_len=self._steps.decoder.chunk_len).read(pieces)
         return self._after
 
     def close(self) -> None:
@@ -196,8 +188,6 @@ class TokenStream(Iterator[NewTokens]):
             reason = "length"
         if reason in ("eos", "length") and writer is not None and writer.finish():
             reason = "stop"
-        if reason == "stop":
-            self._steps.stop(row)
         self.finish_reasons[row] = reason
 
 

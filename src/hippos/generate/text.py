@@ -101,7 +101,9 @@ class TextStream(Iterator[str]):
         )
 
 
-def stream_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None) -> TextStream:
+def stream_text(
+    model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None, *, context: int | None = None
+) -> TextStream:
     """Continue ``prompt``, piece by piece as the model writes.
 
     Args:
@@ -109,6 +111,7 @@ def stream_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | No
         tokenizer: Its tokenizer.
         prompt: The text to continue, at least one token long.
         sampling: How tokens are chosen and when the text ends; the defaults of `Sampling` if left out.
+        context: Room in the attention layers, as for `Generator`.
 
     Returns:
         An iterator over non-empty pieces of text, each of whole characters, without any part of a stop string. Its
@@ -116,9 +119,10 @@ def stream_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | No
 
     Raises:
         TokenizerError: If the prompt makes no token, or one that the model does not know.
+        PromptError: If the text is longer than ``context`` or the model's positions.
         CheckpointError: While iterating, if the model's logits are not finite.
     """
-    return TextStream(Generator(model, tokenizer), prompt, sampling or Sampling())
+    return TextStream(Generator(model, tokenizer, context=context), prompt, sampling or Sampling())
 
 
 def generate_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None) -> GeneratedText:

@@ -198,12 +198,13 @@ class H3(nn.Module):
         return project_from_channels(self.out_proj, self._order_channels(o)), state
 
     @torch.no_grad()
-    def step(self, u: Tensor, state: H3State) -> Tensor:
+    def step(self, u: Tensor, state: H3State, *, ring_position: Tensor | None = None) -> Tensor:
         """Mix in one more token of each sequence; costs the same at every position. No gradients flow.
 
         Args:
             u: The tokens, shape (B, D) or (B, 1, D), dtype of the projections.
             state: State after the tokens before, as `init_state` shapes it; updated in place.
+            ring_position: Makes the keys in ``state`` a ring, see `hippos.ops.h3_step`; None keeps them oldest first.
 
         Returns:
             The tokens' outputs, shape of ``u``, dtype of the projections.
@@ -213,11 +214,11 @@ class H3(nn.Module):
             TypeError: If the dtype of ``u`` is wrong.
         """
         if u.ndim == 3 and u.shape[1] == 1:
-            return self.step(u.squeeze(1), state).unsqueeze(1)
+            return self.step(u.squeeze(1), state, ring_position=ring_position).unsqueeze(1)
         check_tokens(u, "(B, D) or (B, 1, D)", 2, self.d_model, self.k_proj)
         q, k, v = self._project(u, project_tokens)  # (B, D)
         with without_autocast(u.device.type):
-            o = h3_step_prepared(q, k, v, state, self._step_operators())
+            o = h3_step_prepared(q, k, v, state, self.step_operators(), ring_position=ring_position)
         return project_tokens(self.out_proj, self._order_channels(o))
 
     def init_state(
@@ -263,8 +264,8 @@ class H3(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
 
-    def _step_operators(self) -> H3Step:
-        """What a step makes of the SSMs' operators, made anew when those are."""
+    def step_operators(self) -> H3Step:
+        """Give what `hippos.ops.ssm_step.h3_step_prepared` needs of the SSMs; made anew when their parameters change."""
         shift = None if self.shift is None else self.shift.operators(reuse=True)
         diag = self.diag.operators(reuse=True)
         is_compiling = torch.compiler.is_compiling()

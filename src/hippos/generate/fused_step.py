@@ -1,0 +1,121 @@
+"""A decode step of an H3 model on a GPU in few kernels, for the few tokens whose cost is the reading of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hippos.generate.state import GenerationState, KeyValues
+from hippos.layers import H3
+from hippos.layers.projections import is_plain_linear
+from hippos.layers.rotary import apply_rotary, rotary_angles
+from hippos.models.attention import CachedSelfAttention
+from hippos.ops.decode import StepNorm, add_norm, attention_step, linear_step, linear_step_parts, takes_kernels
+from hippos.ops.ssm_step import h3_step_prepared
+
+
+class FusedStep:
+    """One more token of each text: per layer one kernel for the projections in, one for the mixing, one for the
+    projection out, two for the MLP, and, for more than one text, two that add to the stream and normalise it.
+
+    Args:
+        model: An H3 language model that `fits`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._body = model.model
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Tell whether a model's step can be made of these kernels: half precision on CUDA, plain weights."""
+        body = model.model
+        probe = body.norm.weight.new_empty(1, body.norm.weight.shape[0])
+        if probe.device.type != "cuda":
+            return False
+        for block in body.layers:
+            linears = [block.mlp.fc1, block.mlp.fc2, *_projections(block.mixer)]
+            if not all(is_plain_linear(linear) and linear.bias is not None for linear in linears):
+                return False
+            if not all(takes_kernels(probe, [linear.weight]) for linear in linears):
+                return False
+        return True
+
+    def advance(self, tokens: Tensor, state: GenerationState) -> None:
+        """Advance the layers' states and ``state.hidden`` by tokens, shape (B,)."""
+        body = self._body
+        x = F.embedding(tokens, body.embed_tokens.weight)  # (B, D), changed in place from here on
+        if body.embed_positions is not None:
+            x = x + body.embed_positions(state.lengths)
+        if len(tokens) == 1:
+            self._advance_one(x, state)
+        else:
+            self._advance_few(x, state)
+
+    def _advance_one(self, x: Tensor, state: GenerationState) -> None:
+        for block, layer in zip(self._body.layers, state.layers, strict=True):
+            mixer, mlp = block.mixer, block.mlp
+            mixed = self._mix(mixer, x, layer, state, norm=_norm(block.norm1))
+            if mixed is None:
+                x.add_(mixer.step(block.norm1(x), layer))
+            else:
+                linear_step(mixed, [mixer.out_proj.weight], [mixer.out_proj.bias], add_to=x)
+            inner = linear_step(x, [mlp.fc1.weight], [mlp.fc1.bias], norm=_norm(block.norm2), gelu=True)
+            linear_step(inner, [mlp.fc2.weight], [mlp.fc2.bias], add_to=x)
+        state.hidden.copy_(add_norm(x, None, None, *_norm(self._body.norm)))
+
+    def _advance_few(self, x: Tensor, state: GenerationState) -> None:
+        blocks = list(self._body.layers)
+        u = add_norm(x, None, None, *_norm(blocks[0].norm1))
+        for i, (block, layer) in enumerate(zip(blocks, state.layers, strict=True)):
+            mixer, mlp = block.mixer, block.mlp
+            mixed = self._mix(mixer, u, layer, state, norm=None)
+            if mixed is None:
+                x.add_(mixer.step(u, layer))
+                u = add_norm(x, None, None, *_norm(block.norm2))
+            else:
+                parts = linear_step_parts(mixed, mixer.out_proj.weight)
+                u = add_norm(x, parts, mixer.out_proj.bias, *_norm(block.norm2))
+            inner = linear_step(u, [mlp.fc1.weight], [mlp.fc1.bias], gelu=True)
+            parts = linear_step_parts(inner, mlp.fc2.weight)
+            following = blocks[i + 1].norm1 if i + 1 < len(blocks) else self._body.norm
+            u = add_norm(x, parts, mlp.fc2.bias, *_norm(following))
+        state.hidden.copy_(u)
+
+    def _mix(
+        self, mixer: nn.Module, u: Tensor, layer: Any, state: GenerationState, *, norm: StepNorm | None
+    ) -> Tensor | None:
+        """What goes into the mixer's ``out_proj``, shape (B, D); None for a mixer that is not made of these kernels."""
+        linears = _projections(mixer)[:-1]
+        if not linears:
+            return None
+        projected = linear_step(
+            u, [linear.weight for linear in linears], [linear.bias for linear in linears], norm=norm
+        )
+        if isinstance(mixer, CachedSelfAttention):
+            return _attend(mixer, projected, layer, state.lengths)
+        q, k, v = projected.chunk(3, dim=1)
+        return h3_step_prepared(q, k, v, layer, mixer.step_operators(), ring_position=state.ring)  # type: ignore[operator]
+
+
+def _projections(mixer: nn.Module) -> list[nn.Linear]:
+    """A mixer's projections, that out of it last; none of a mixer that keeps its own step."""
+    if isinstance(mixer, CachedSelfAttention):
+        return [mixer.qkv_proj, mixer.out_proj]
+    if isinstance(mixer, H3) and mixer.head_dim == 1 and mixer.q_proj is not None and mixer.v_proj is not None:
+        return [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj]
+    return []
+
+
+def _attend(mixer: CachedSelfAttention, projected: Tensor, cache: KeyValues, lengths: Tensor) -> Tensor:
+    q, k, v = projected.view(len(projected), 3, mixer.n_heads, mixer.head_dim).unbind(1)  # (B, H, P)
+    if mixer.rotary_dim:
+        angles = rotary_angles(lengths.unsqueeze(1), mixer.rotary_dim, mixer.rotary_base, q.dtype)
+        q, k = (apply_rotary(x.unsqueeze(2), angles).squeeze(2).contiguous() for x in (q, k))
+        v = v.contiguous()
+    return attention_step(q, k, v, cache.keys, cache.values, lengths).flatten(1)
+
+
+def _norm(norm: nn.LayerNorm) -> StepNorm:
+    return norm.weight, norm.bias, norm.eps

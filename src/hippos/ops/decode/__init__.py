@@ -1,0 +1,176 @@
+"""The pieces of a decode step beside the recurrence, for a few tokens at a time: linear maps bound by the reading of
+their weights, residual sums with their normalisation, attention of one query to a static cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+from hippos.ops.decode.reference import add_norm_reference, attention_step_reference, linear_step_reference
+
+__all__ = ["MOST_ROWS", "add_norm", "attention_step", "linear_step", "linear_step_parts", "takes_kernels"]
+
+MOST_ROWS = 64
+"""Tokens up to which the kernels serve; matrix products of more are better left to cuBLAS."""
+
+StepImpl = Literal["reference", "triton"]
+StepNorm = tuple[Tensor, Tensor, float]
+
+
+def takes_kernels(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Tell whether the kernels can map tokens by these weights.
+
+    Args:
+        x: Tokens, shape (B, D_in).
+        weights: Shape (D_out, D_in) each.
+    """
+    n_rows, n_inputs = weights[0].shape
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and len(x) <= MOST_ROWS
+        and n_inputs % 64 == 0
+        and n_rows % 64 == 0
+        and len(weights) <= 3
+        and all(
+            w.dtype == x.dtype and w.shape == weights[0].shape and w.is_contiguous() and w.data_ptr() % 32 == 0
+            for w in weights
+        )
+    )
+
+
+def linear_step(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    norm: StepNorm | None = None,
+    gelu: bool = False,
+    add_to: Tensor | None = None,
+    impl: StepImpl = "triton",
+) -> Tensor:
+    """Map a few tokens by up to three weights of one shape, in one kernel.
+
+    Args:
+        x: Tokens, shape (B, D_in), contiguous.
+        weights: Shape (D_out, D_in) each.
+        biases: Shape (D_out,) each.
+        norm: Weight, bias and epsilon of a LayerNorm that comes before; needs B = 1.
+        gelu: Whether GELU (tanh form) comes after.
+        add_to: Where to add the result, shape (1, D_out), in place; needs B = 1 and one weight.
+        impl: "triton" or "reference".
+
+    Returns:
+        Shape (B, D_out x weights), dtype of ``x``; ``add_to`` if that is given.
+
+    Raises:
+        UnsupportedError: If the kernel takes no such tensors, see `takes_kernels`.
+        ValueError: If ``norm`` or ``add_to`` is given for several tokens.
+    """
+    if len(x) > 1 and (norm is not None or add_to is not None):
+        raise ValueError(f"norm and add_to are for one token, got {len(x)}")
+    if impl == "reference":
+        if norm is not None:
+            x = add_norm_reference(x, None, None, *norm)
+        y = linear_step_reference(x, weights, biases, gelu=gelu)
+        return y if add_to is None else add_to.add_(y)
+    _require(x, weights)
+    from hippos.ops.decode.launch import rows_linear, vector_linear
+
+    if len(x) == 1:
+        return vector_linear(x, weights, biases, norm=norm, gelu=gelu, add_to=add_to)
+    return rows_linear(x, weights, biases, gelu=gelu, leaves_parts=False)
+
+
+def linear_step_parts(x: Tensor, weight: Tensor, *, impl: StepImpl = "triton") -> Tensor:
+    """Map a few tokens, and leave the sum over the inputs in parts for `add_norm`, which reads them anyway.
+
+    Args:
+        x: Tokens, shape (B, D_in), contiguous.
+        weight: Shape (D_out, D_in).
+        impl: "triton" or "reference".
+
+    Returns:
+        Parts, whose sum is x W^T, shape (n, B, D_out), float32.
+
+    Raises:
+        UnsupportedError: If the kernel takes no such tensors, see `takes_kernels`.
+    """
+    if impl == "reference":
+        return (x.float() @ weight.float().t()).unsqueeze(0)
+    _require(x, [weight])
+    from hippos.ops.decode.launch import rows_linear
+
+    return rows_linear(x, [weight], [weight], gelu=False, leaves_parts=True)
+
+
+def add_norm(
+    x: Tensor,
+    parts: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    impl: StepImpl = "triton",
+) -> Tensor:
+    """Add to the residual stream and normalise it.
+
+    Args:
+        x: The stream, shape (B, D), contiguous; the sum of ``parts`` and ``bias`` is added in place, if there are any.
+        parts: From `linear_step_parts`, shape (n, B, D), float32.
+        bias: Shape (D,).
+        norm_weight: Weight of the LayerNorm, shape (D,).
+        norm_bias: Its bias.
+        eps: Its epsilon.
+        impl: "triton" or "reference".
+
+    Returns:
+        The normalised stream, shape (B, D), dtype of ``x``.
+    """
+    if impl == "reference":
+        return add_norm_reference(x, parts, bias, norm_weight, norm_bias, eps)
+    from hippos.ops.decode.launch import add_norm_launch
+
+    return add_norm_launch(x, parts, bias, norm_weight, norm_bias, eps)
+
+
+def attention_step(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, impl: StepImpl = "triton"
+) -> Tensor:
+    """Attend with one query of each text to the tokens before it and to itself; only the filled part of the cache is
+    read.
+
+    Args:
+        q: Queries, shape (B, H, P), scaled by 1/sqrt(P) here; heads and coordinates contiguous, rows of any stride.
+        k: Keys of the same tokens, same shape and strides; they join the cache.
+        v: Their values.
+        keys: The cache, shape (B, H, T, P), contiguous, lengths below T.
+        values: Same shape.
+        lengths: Tokens in the cache, shape (B,), int64.
+        impl: "triton" or "reference".
+
+    Returns:
+        Shape (B, H, P), dtype of ``q``.
+    """
+    if impl == "reference":
+        return attention_step_reference(q, k, v, keys, values, lengths)
+    from hippos.ops.decode.launch import attention_step_launch
+
+    return attention_step_launch(q, k, v, keys, values, lengths)
+
+
+def _require(x: Tensor, weights: Sequence[Tensor]) -> None:
+    import os
+
+    if not takes_kernels(x, weights) and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UnsupportedError(
+            f"the kernels of a decode step map up to {MOST_ROWS} tokens in bfloat16 or float16 on a CUDA device by "
+            f"weights whose sizes are multiples of 64, got tokens {tuple(x.shape)} in {x.dtype} on {x.device} and "
+            f"weights {tuple(weights[0].shape)}"
+        )

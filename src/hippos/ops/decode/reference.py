@@ -1,0 +1,34 @@
+"""The definitions in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_step_reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool) -> Tensor:
+    """Arguments as in `linear_step`."""
+    outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    y = torch.cat(outputs, dim=1)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def add_norm_reference(
+    x: Tensor, parts: Tensor | None, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Tensor:
+    """Arguments as in `add_norm`."""
+    if parts is not None and bias is not None:
+        x.copy_(x.float() + parts.sum(0) + bias.float())
+    return F.layer_norm(x.float(), x.shape[1:], norm_weight.float(), norm_bias.float(), eps).to(x.dtype)
+
+
+def attention_step_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Arguments as in `attention_step`."""
+    row = torch.arange(len(q), device=q.device)
+    keys[row, :, lengths] = k
+    values[row, :, lengths] = v
+    is_seen = torch.arange(keys.shape[2], device=q.device) <= lengths[:, None]  # (B, T)
+    return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, is_seen[:, None, None]).squeeze(2)

@@ -1,0 +1,142 @@
+"""The kernels of a decode step against their definitions: in Triton's interpreter on a CPU, or on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+from hippos.ops.decode import add_norm, attention_step, linear_step, linear_step_parts
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+on_a_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(not (HAS_TRITON and IS_INTERPRETED), reason="needs TRITON_INTERPRET=1 and Triton"),
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+def skip_interpreted_bfloat16(device: str, dtype: torch.dtype) -> None:
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 is wrong")
+
+
+def draw(generator: torch.Generator, *shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@on_a_device
+@dtypes
+@pytest.mark.parametrize("batch", [1, 2, 17, 64])
+@pytest.mark.parametrize(
+    ("n_weights", "n_rows", "n_inputs"), [(1, 128, 64), (3, 64, 128), (2, 192, 320), (1, 64, 1024)]
+)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_maps(generator, device, dtype, batch, n_weights, n_rows, n_inputs, gelu):
+    skip_interpreted_bfloat16(device, dtype)
+    x = draw(generator, batch, n_inputs, device=device, dtype=dtype)
+    weights = [draw(generator, n_rows, n_inputs, device=device, dtype=dtype, scale=0.1) for _ in range(n_weights)]
+    biases = [draw(generator, n_rows, device=device, dtype=dtype) for _ in range(n_weights)]
+    got = linear_step(x, weights, biases, gelu=gelu)
+    wanted = linear_step(
+        x.double(), [w.double() for w in weights], [b.double() for b in biases], gelu=gelu, impl="reference"
+    )
+    assert got.dtype == dtype
+    assert distance(got, wanted) < TOLERANCES[dtype]
+
+
+@on_a_device
+@dtypes
+@pytest.mark.parametrize("n_inputs", [64, 192, 2048])
+def test_one_token_normalised_before_and_added_after(generator, device, dtype, n_inputs):
+    skip_interpreted_bfloat16(device, dtype)
+    x = draw(generator, 1, n_inputs, device=device, dtype=dtype)
+    weight = draw(generator, 128, n_inputs, device=device, dtype=dtype, scale=0.1)
+    bias = draw(generator, 128, device=device, dtype=dtype)
+    norm = (
+        draw(generator, n_inputs, device=device, dtype=dtype),
+        draw(generator, n_inputs, device=device, dtype=dtype),
+    )
+    stream = draw(generator, 1, 128, device=device, dtype=dtype)
+    wide = [tensor.double() for tensor in (x, weight, bias, *norm, stream)]
+    got = linear_step(x, [weight], [bias], norm=(*norm, 1e-5))
+    wanted = linear_step(wide[0], [wide[1]], [wide[2]], norm=(wide[3], wide[4], 1e-5), impl="reference")
+    assert distance(got, wanted) < TOLERANCES[dtype]
+    summed = linear_step(x, [weight], [bias], add_to=stream)
+    assert summed is stream
+    wanted = linear_step(wide[0], [wide[1]], [wide[2]], add_to=wide[5], impl="reference")
+    assert distance(stream, wanted) < TOLERANCES[dtype]
+
+
+@on_a_device
+@dtypes
+@pytest.mark.parametrize("batch", [2, 5, 64])
+@pytest.mark.parametrize(("n_rows", "n_inputs"), [(128, 64), (64, 1024), (192, 768)])
+def test_parts_are_added_and_normalised(generator, device, dtype, batch, n_rows, n_inputs):
+    skip_interpreted_bfloat16(device, dtype)
+    x = draw(generator, batch, n_inputs, device=device, dtype=dtype)
+    weight = draw(generator, n_rows, n_inputs, device=device, dtype=dtype, scale=0.1)
+    bias, *norm = (draw(generator, n_rows, device=device, dtype=dtype) for _ in range(3))
+    stream = draw(generator, batch, n_rows, device=device, dtype=dtype)
+    before = stream.clone()
+    parts = linear_step_parts(x, weight)
+    product = x.double() @ weight.double().t()
+    assert distance(parts.sum(0), product) < TOLERANCES[dtype] / 2
+    u = add_norm(stream, parts, bias, *norm, 1e-5)
+    wanted = before.double() + product + bias.double()
+    assert distance(stream, wanted) < TOLERANCES[dtype]
+    wanted = torch.layer_norm(stream.double(), (n_rows,), *(tensor.double() for tensor in norm), 1e-5)
+    assert distance(u, wanted) < TOLERANCES[dtype]
+    kept = stream.clone()
+    assert distance(add_norm(stream, None, None, *norm, 1e-5), wanted) < TOLERANCES[dtype]
+    assert torch.equal(stream, kept)
+
+
+@on_a_device
+@dtypes
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(2, 64), (3, 16), (1, 80)])
+@pytest.mark.parametrize("lengths", [[0], [5, 0, 40], [299, 128, 127, 1]])
+def test_attention(generator, device, dtype, n_heads, head_dim, lengths):
+    skip_interpreted_bfloat16(device, dtype)
+    batch, context = len(lengths), 300
+    tokens = draw(generator, batch, 3 * n_heads * head_dim, device=device, dtype=dtype)
+    q, k, v = tokens.view(batch, 3, n_heads, head_dim).unbind(1)
+    keys, values = (draw(generator, batch, n_heads, context, head_dim, device=device, dtype=dtype) for _ in range(2))
+    for row, length in enumerate(lengths):  # what lies behind a text must not matter, whatever it is
+        keys[row, :, length:] = values[row, :, length:] = float("nan")
+    n_tokens = torch.tensor(lengths, device=device)
+    wide = [tensor.double().nan_to_num() for tensor in (q, k, v, keys, values)]
+    wanted = attention_step(*wide, n_tokens, impl="reference")
+    got = attention_step(q, k, v, keys, values, n_tokens)
+    assert distance(got, wanted) < TOLERANCES[dtype]
+    for row, length in enumerate(lengths):
+        assert torch.equal(keys[row, :, length], k[row])
+        assert torch.equal(values[row, :, length], v[row])
+        assert values[row, :, length + 1 :].isnan().all()
+
+
+def test_refusals(generator):
+    x, weight = torch.randn(2, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    if not IS_INTERPRETED:
+        with pytest.raises(UnsupportedError, match=r"bfloat16 or float16 on a CUDA device .* got tokens \(2, 64\)"):
+            linear_step(x, [weight], [weight[0]])
+        with pytest.raises(UnsupportedError, match="up to 64 tokens"):
+            linear_step_parts(x, weight)
+    with pytest.raises(ValueError, match="for one token, got 2"):
+        linear_step(x, [weight], [weight[0]], add_to=x)
