@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hippos.errors import UnsupportedError
 from hippos.ops.arguments import Impl, check_impl, check_signal, check_tensor
+from hippos.ops.fft_conv.autograd import fft_conv_triton, why_not_triton
 from hippos.ops.fft_conv.reference import fft_conv_reference
 from hippos.ops.fft_conv.spectral import fft_conv_torch
 
@@ -34,7 +36,8 @@ def fft_conv(
         in_gate: Factor on the input, shape (B, H, L), any strides.
         out_gate: Factor on the output, shape (B, H, L), any strides.
         causal: False wraps around.
-        impl: "auto" takes "torch".
+        impl: "auto" takes "torch", which runs on any device. "triton" runs the GPU kernels, on CUDA tensors; they copy
+            a signal whose last stride is not 1.
 
     Returns:
         Output, shape (B, H, L), dtype of ``u``.
@@ -42,12 +45,13 @@ def fft_conv(
     Raises:
         TypeError: If a tensor is not of a floating dtype.
         ValueError: If shapes or devices disagree, L is 0, the filter is empty or longer than L, or ``impl`` is unknown.
-        UnsupportedError: If ``impl="triton"``.
+        UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64, or the
+            sequence is longer than the kernels take.
 
     Source:
-        Fu et al. 2023 (arXiv:2212.14052), section 4.
+        Fu et al. 2023 (arXiv:2212.14052), section 4; the kernels are derived in docs/math/fft_conv.md.
     """
-    check_impl("fft_conv", impl)
+    check_impl("fft_conv", impl, has_triton=True)
     check_signal("u", u)
     n_heads, seqlen = u.shape[1:]
     check_tensor("ssm_filter", ssm_filter, "H, K", (n_heads, None), like=u)
@@ -58,5 +62,18 @@ def fft_conv(
     for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
         if gate is not None:
             check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
+    if _takes_triton(u, ssm_filter, (in_gate, out_gate), causal, impl):
+        return fft_conv_triton(u, ssm_filter, d, in_gate, out_gate, causal)
     implementation = fft_conv_reference if impl == "reference" else fft_conv_torch
     return implementation(u, ssm_filter, d, in_gate, out_gate, causal)
+
+
+def _takes_triton(u: Tensor, ssm_filter: Tensor, gates: tuple[Tensor | None, ...], causal: bool, impl: Impl) -> bool:
+    """Whether the kernels run; raises if they were asked for and cannot."""
+    # "auto" leaves them alone until all their tests have passed on a GPU.
+    if impl != "triton":
+        return False
+    obstacle = why_not_triton(u, ssm_filter, gates, causal)
+    if obstacle is not None:
+        raise UnsupportedError(f"fft_conv cannot run with impl='triton': {obstacle}; impl='torch' can")
+    return True
