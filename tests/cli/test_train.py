@@ -101,7 +101,7 @@ def test_evaluate_measures_a_text(run: Path, text: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dmo"], "unknown recipe 'dmo', the nearest is 'demo'"),
+        (["dmo"], "unknown recipe 'dmo', the nearest are demo"),
         ([], "nothing to train on: name a recipe (hippos train --recipes lists them) or give --text"),
         (["small"], "no corpus given"),
         (["small", "--text", "./nowhere"], "no such file or folder: nowhere"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hippos.data import BlockOrder, PackedTokens, TokenBlocks, collate_blocks, collate_documents
+from hippos.data import BlockOrder, PackedTokens, StepBatches, TokenBlocks, collate_blocks, collate_documents
 from hippos.errors import CorpusError
 
 
@@ -61,3 +61,25 @@ def test_collate_documents_counts_positions_from_each_end_token() -> None:
     batch = collate_documents(blocks, end_id=0)
     assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5]]
     assert batch["targets"].tolist() == [[0, 5, 6, 0, 0, 7], [1, 2, 3, 4, 5, 0]]
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 4])
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 6), (1, 2), (2, 3), (2, 1), (3, 2), (6, 1)])
+def test_a_steps_rows_do_not_depend_on_the_number_of_processes(world_size: int, micro: int, first_step: int) -> None:
+    order = BlockOrder(10, 36, seed=3)
+    parts = [
+        list(StepBatches(order, 6, micro, rank=rank, world_size=world_size, first_step=first_step))
+        for rank in range(world_size)
+    ]
+    wanted = list(order)[6 * first_step :]
+    a_step = 6 // world_size // micro
+    for step in range(6 - first_step):
+        rows = [row for part in parts for batch in part[step * a_step : (step + 1) * a_step] for row in batch]
+        assert sorted(rows) == sorted(wanted[6 * step : 6 * step + 6])
+    assert {len(part) for part in parts} == {(6 - first_step) * a_step}
+
+
+def test_order_from_any_sample_is_the_rest_of_the_order() -> None:
+    order = BlockOrder(7, 30, seed=5)
+    for start in (0, 3, 7, 8, 14, 29, 30):
+        assert list(order.from_sample(start)) == list(order)[start:]

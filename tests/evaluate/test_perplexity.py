@@ -49,6 +49,26 @@ def reference_nll(model: H3ForCausalLM, ids: np.ndarray) -> torch.Tensor:
     return F.cross_entropy(logits.float(), inputs[0, 1:], reduction="none")
 
 
+@pytest.mark.parametrize("n_parts", [2, 3, 7])
+def test_parts_add_up_and_call_the_model_equally_often(
+    model: H3ForCausalLM, tokens: np.ndarray, n_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0] * n_parts
+    forward = model.model.forward
+    total = 0.0
+    for index in range(n_parts):
+
+        def counted(*args: object, index: int = index, **kwargs: object) -> object:
+            calls[index] += 1
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model.model, "forward", counted)
+        total += token_nll(model, tokens, window=7, batch_size=2, part=(index, n_parts))
+    monkeypatch.undo()
+    assert len(set(calls)) == 1
+    assert total == pytest.approx(token_nll(model, tokens, window=7, batch_size=2), rel=1e-9)
+
+
 def test_one_window_is_the_models_own_loss(model: H3ForCausalLM, tokens: np.ndarray) -> None:
     expected = reference_nll(model, tokens).sum().item()
     assert token_nll(model, tokens, window=40) == pytest.approx(expected, rel=1e-6)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="Recipe to start from: demo, small, wikitext, 125m, ...; see --recipes.")
+        str | None, typer.Argument(help="Recipe to start from: demo, small, pile-125m-hybrid, ...; see --recipes.")
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -47,6 +47,8 @@ def train(
     Example:
         hippos train demo
         hippos train small --text notes/ --tokenizer bpe:4096 --set steps=2000
+        hippos train openwebtext-125m-hybrid --set micro_batch_size=32
+        torchrun --nproc-per-node 8 -m hippos train pile-1.3b-hybrid --set parallel=fsdp
         hippos train --resume --out runs/small
     """
     if recipes:
@@ -69,11 +71,14 @@ def train(
 
 
 def _list_recipes() -> None:
-    from hippos.train import RECIPES
+    from hippos.train.recipes import ALIASES, RECIPES, describe_recipe
 
     width = max(map(len, RECIPES))
-    for name, make in RECIPES.items():
-        typer.echo(f"{name:<{width}}  {(make.__doc__ or '').splitlines()[0]}")
+    for name in RECIPES:
+        typer.echo(f"{name:<{width}}  {describe_recipe(name)}")
+    typer.echo("\nShort names:")
+    for short, full in ALIASES.items():
+        typer.echo(f"{short:<{width}}  {full}")
 
 
 def _source_settings(text: list[str] | None, validation: list[str] | None, tokenizer: str | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hippos.data.blocks import BlockOrder, TokenBlocks, collate_blocks, collate_documents
+from hippos.data.blocks import BlockOrder, StepBatches, TokenBlocks, collate_blocks, collate_documents
 from hippos.data.corpus import Corpus, DatasetCorpus, FileCorpus, Part, open_corpus, split_corpus
 from hippos.data.documents import END_OF_TEXT, read_documents
 from hippos.data.packing import PackedTokens, pack, pack_in_memory
@@ -17,6 +17,7 @@ __all__ = [
     "FileCorpus",
     "PackedTokens",
     "Part",
+    "StepBatches",
     "TokenBlocks",
     "collate_blocks",
     "collate_documents",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from hippos.data.packing import PackedTokens
 from hippos.errors import CorpusError
 
-__all__ = ["BlockOrder", "TokenBlocks", "collate_blocks", "collate_documents"]
+__all__ = ["BlockOrder", "StepBatches", "TokenBlocks", "collate_blocks", "collate_documents", "micro_batch_rows"]
 
 
 class TokenBlocks(Dataset[Tensor]):
@@ -70,13 +71,72 @@ class BlockOrder(Sampler[int]):
         return self.n_samples
 
     def __iter__(self) -> Iterator[int]:
-        left = self.n_samples
-        epoch = 0
+        return self.from_sample(0)
+
+    def from_sample(self, start: int) -> Iterator[int]:
+        """The order from its sample ``start`` on, without going through those before."""
+        epoch, offset = divmod(start, self.n_blocks)
+        left = self.n_samples - start
         while left > 0:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)
-            yield from order[:left].tolist()
-            left -= self.n_blocks
-            epoch += 1
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)[offset:][:left]
+            yield from order.tolist()
+            left -= len(order)
+            epoch, offset = epoch + 1, 0
+
+
+def micro_batch_rows(batch_size: int, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Which rows of a step's batch one process computes, micro batch by micro batch.
+
+    Rows go out in rounds of ``world_size`` micro batches, so that the rows of a step are the same whatever the number
+    of processes.
+
+    Args:
+        batch_size: Rows of a step, over all processes; a multiple of the next times ``world_size``.
+        micro_batch_size: Rows that a process computes at once.
+        rank: The process.
+        world_size: Their number.
+    """
+    starts = range(rank * micro_batch_size, batch_size, world_size * micro_batch_size)
+    return [list(range(start, start + micro_batch_size)) for start in starts]
+
+
+class StepBatches(Sampler[list[int]]):
+    """The micro batches of one process from a step on, out of the order that all processes share.
+
+    Its length counts from step 0, because that is what Trainer derives epochs from.
+
+    Args:
+        order: The order of blocks over the whole run.
+        batch_size: Rows of a step, over all processes.
+        micro_batch_size: Rows that a process computes at once.
+        rank: The process.
+        world_size: Their number.
+        first_step: Steps that are done.
+    """
+
+    def __init__(
+        self,
+        order: BlockOrder,
+        batch_size: int,
+        micro_batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        first_step: int = 0,
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.first_step = first_step
+        self._rows = micro_batch_rows(batch_size, micro_batch_size, rank=rank, world_size=world_size)
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size * len(self._rows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples = self.order.from_sample(self.first_step * self.batch_size)
+        while step := list(itertools.islice(samples, self.batch_size)):
+            for rows in self._rows:
+                yield [step[row] for row in rows]
 
 
 def collate_blocks(blocks: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ def token_nll(
     stride: int | None = None,
     batch_size: int = 8,
     reset_id: int | None = None,
+    part: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], object] | None = None,
 ) -> float:
     """Sum the nll of ``tokens[1:]``, each id predicted once from the ids before it in its window.
@@ -78,6 +79,8 @@ def token_nll(
         stride: Inputs from one window's start to the next, from 1 to ``window``.
         batch_size: Windows a call of the model.
         reset_id: Id that opens a document; if given, nothing is carried over from one document to the next.
+        part: (i, n): sum only every n-th batch, from the i-th on, for n processes that share the work. Each calls the
+            model equally often.
         on_progress: Called with the number of ids scored so far.
 
     Returns:
@@ -96,10 +99,10 @@ def token_nll(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(_windows(len(tokens) - 1, window, stride), batch_size):
+        for batch, counts in _share(_batches(_windows(len(tokens) - 1, window, stride), batch_size), *part):
             blocks = [torch.as_tensor(np.asarray(tokens[w.start : w.stop + 1]).astype(np.int64)) for w in batch]
             nll = _block_nll(model, blocks, reset_id)  # (batch, stop - start)
-            for row, w in zip(nll, batch, strict=True):
+            for row, w in zip(nll, batch if counts else [], strict=counts):
                 total += float(row[w.first - w.start :].sum(dtype=torch.float64))
                 n_scored += w.stop - w.first
             if on_progress is not None:
@@ -117,9 +120,10 @@ def score_packed(
     stride: int | None = None,
     batch_size: int = 8,
     reset_at_documents: bool = False,
+    part: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], object] | None = None,
 ) -> TextScore:
-    """Score a packed corpus; see `token_nll` for windows and strides.
+    """Score a packed corpus; see `token_nll` for windows, strides and parts (a part's ``nll_sum`` is not the whole).
 
     Raises:
         TokenizerError: If the text has ids that the model does not have.
@@ -134,6 +138,7 @@ def score_packed(
         stride=stride,
         batch_size=batch_size,
         reset_id=packed.end_id if reset_at_documents else None,
+        part=part,
         on_progress=on_progress,
     )
     return TextScore(nll_sum, packed.n_tokens - 1, packed.n_bytes)
@@ -190,7 +195,21 @@ def _batches(windows: Iterable[_Window], batch_size: int) -> Iterator[list[_Wind
             yield batch
 
 
-@torch.inference_mode()
+def _share(batches: Iterable[list[_Window]], index: int, n_parts: int) -> Iterator[tuple[list[_Window], bool]]:
+    """Every ``n_parts``-th batch from ``index`` on, and whether it counts: a last one may only fill up."""
+    if n_parts == 1:
+        yield from ((batch, True) for batch in batches)
+        return
+    batch: list[_Window] = []
+    place = -1
+    for place, batch in enumerate(batches):
+        if place % n_parts == index:
+            yield batch, True
+    if place % n_parts < index:
+        yield batch, False
+
+
+@torch.no_grad()  # inference mode would leave tensors in a sharded model that training cannot use
 def _block_nll(model: PreTrainedModel, blocks: list[Tensor], reset_id: int | None) -> Tensor:
     """Nll of every target of blocks (L + 1,), shape (B, L), float32."""
     inputs = collate_blocks(blocks) if reset_id is None else collate_documents(blocks, end_id=reset_id)

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 from hippos.data.corpus import TEXT_SUFFIXES
 from hippos.errors import ConfigError
 
-__all__ = ["DataConfig", "Dtype", "ModelConfig", "OptimConfig", "RunConfig", "TrainConfig"]
+__all__ = ["DataConfig", "Dtype", "ModelConfig", "OptimConfig", "Parallel", "RunConfig", "TrainConfig"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class OptimConfig:
         dtype: Arithmetic outside the SSMs; "auto": bfloat16 on CUDA devices that have it, else float32. Weights are
             always float32.
         seed: Of initial weights, data order and dropout.
+        loss_chunk_tokens: Tokens whose logits exist at a time; 0: all of a micro batch.
     """
 
     steps: int = 1000
@@ -133,6 +135,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     dtype: Dtype = "auto"
     seed: int = 0
+    loss_chunk_tokens: int = 4096
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -150,6 +153,7 @@ class OptimConfig:
             _check(0 <= getattr(self, name) < 1, f"optim.{name}", "from 0 to below 1", self)
         _check(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self)
         _check(self.dtype in get_args(Dtype), "optim.dtype", f"one of {', '.join(get_args(Dtype))}", self)
+        _check(self.loss_chunk_tokens >= 0, "optim.loss_chunk_tokens", "at least 0", self)
         _check(0 <= self.seed < 2**32, "optim.seed", "from 0 to 2**32 - 1", self)
 
 
@@ -165,6 +169,9 @@ class RunConfig:
         save_steps: Steps from one checkpoint to the next; the last step saves always.
         keep_checkpoints: Complete checkpoints to keep.
         tensorboard: Write a TensorBoard log beside ``metrics.jsonl``.
+        wandb: Report to Weights & Biases too, through Transformers (its own settings come from WANDB_* variables).
+        parallel: With several processes: "ddp", each holds the whole model, or "fsdp", they share it out (FSDP2).
+        activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
         compile: Compile the model with torch.compile.
         deterministic: On CUDA, use only algorithms that repeat bit for bit.
         baselines: After the last step, score unigram and trigram models on the validation text.
@@ -179,6 +186,9 @@ class RunConfig:
     save_steps: int = 200
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    wandb: bool = False
+    parallel: Parallel = "ddp"
+    activation_checkpointing: bool = False
     compile: bool = False
     deterministic: bool = True
     baselines: bool = False
@@ -189,6 +199,7 @@ class RunConfig:
         counts = ("log_steps", "eval_steps", "eval_batch_size", "save_steps", "keep_checkpoints", "sample_tokens")
         for name in counts:
             _check(getattr(self, name) >= 1, f"run.{name}", "at least 1", self)
+        _check(self.parallel in get_args(Parallel), "run.parallel", f"one of {', '.join(get_args(Parallel))}", self)
         _check(self.eval_tokens is None or self.eval_tokens >= 2, "run.eval_tokens", "at least 2, or none", self)
 
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hippos.errors import ConfigError, TrainingError
@@ -106,9 +107,10 @@ def resume_run(config: TrainConfig | None, run: Path) -> tuple[TrainConfig, Path
     return config or stored, last_checkpoint(run)
 
 
-def write_data(run: Path, data: PreparedData) -> None:
-    """Note which text the run trains on."""
-    _write(run, {**_read(run), "data": _fingerprints(data)})
+def write_data(run: Path, data: PreparedData, model: H3Config) -> None:
+    """Note which text the run trains on, and every field of its model."""
+    fields_of_model = {name.removeprefix("model."): value for name, value in _model_fields(model).items()}
+    _write(run, {**_read(run), "model": fields_of_model, "data": _fingerprints(data)})
 
 
 def check_same_data(run: Path, data: PreparedData) -> None:
@@ -134,8 +136,13 @@ def check_same_model(checkpoint: Path, wanted: H3Config) -> None:
         raise TrainingError(f"the model configuration is not that of {checkpoint}: {'; '.join(changes)}")
 
 
-def export_model(model: PreTrainedModel, run: Path) -> None:
+def export_model(model: PreTrainedModel, run: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Put the finished model into the run's folder, the weights last, each file whole or not there.
+
+    Args:
+        model: The model.
+        run: The run's folder.
+        weights: Its whole weights, if it is sharded.
 
     Raises:
         TrainingError: If the files cannot be written.
@@ -143,7 +150,7 @@ def export_model(model: PreTrainedModel, run: Path) -> None:
     aside = run / "model.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=None if weights is None else dict(weights))
         weights_last = sorted(aside.iterdir(), key=lambda file: (".safetensors" in file.name, file.suffix == ".json"))
         for file in weights_last:
             file.replace(run / file.name)

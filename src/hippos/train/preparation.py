@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hippos.data import (
     Corpus,
+    DatasetCorpus,
     PackedTokens,
     TokenBlocks,
     load_tokenizer,
@@ -100,7 +101,7 @@ def _open(data: DataConfig) -> tuple[Corpus, Corpus]:
     if data.validation:
         split = data.validation_split or data.split
         return corpus, open_corpus(data.validation, suffixes=data.suffixes, split=split, column=data.column)
-    if data.validation_split:
+    if data.validation_split and isinstance(corpus, DatasetCorpus):
         return corpus, open_corpus(data.corpus, split=data.validation_split, column=data.column)
     return split_corpus(corpus, data.validation_fraction)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hippos.train.arguments import micro_batch_size
 from hippos.train.checkpoints import checkpoint_step
 from hippos.train.closing import ngram_scores, write_sample
 from hippos.train.config import RunConfig, TrainConfig
@@ -28,9 +29,13 @@ from hippos.train.folder import (
 )
 from hippos.train.metrics import MetricsLog, read_metrics
 from hippos.train.preparation import PreparedData, make_model, model_config, prepare_data
+from hippos.train.processes import Processes
 from hippos.train.progress import RunProgress
+from hippos.train.sharding import is_sharded
 from hippos.train.signals import StopRequest
+from hippos.train.states import gather_weights, load_states
 from hippos.train.storage import storage_error
+from hippos.train.workers import worker_errors
 
 if TYPE_CHECKING:
     from hippos.models import H3ForCausalLM
@@ -89,46 +94,78 @@ def train(
         TrainingError: If the folder holds another run or none to resume, the configuration has changed, the loss is not
             finite, or the disk is full.
     """
-    progress = progress or RunProgress()
-    checkpoint = None
+    processes = Processes.join()
+    progress = progress or RunProgress(is_quiet=not processes.is_main)
+    if config is not None:
+        micro_batch_size(config, processes.world_size)
+    try:
+        opened = processes.lead(lambda: _open(config, run, resume, overwrite, progress))
+        if opened.summary is not None:
+            return TrainResult(run, opened.config, opened.config.optim.steps, None, opened.summary)
+        with _deterministic(opened.config.run):
+            return _train(opened.config, run, opened.checkpoint, progress, processes)
+    except OSError as error:
+        raise storage_error(error, run, "write") from error
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run that can begin or go on: its configuration, its last checkpoint, and its summary if it is done."""
+
+    config: TrainConfig
+    checkpoint: Path | None
+    summary: dict[str, Any] | None = None
+
+
+def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, progress: RunProgress) -> _Opened:
+    """Claim the run's folder, for a new run or to go on."""
     if resume and (config is None or holds_run(run)):
         config, checkpoint = resume_run(config, run)
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
         summary = read_summary(run)
-        if summary is not None and summary["steps"] == done >= config.optim.steps:
-            return TrainResult(run, config, done, None, summary)
-    elif config is None:
+        is_done = summary is not None and summary["steps"] == done >= config.optim.steps
+        return _Opened(config, checkpoint, summary if is_done else None)
+    if config is None:
         raise ValueError("a new run needs a configuration")
-    else:
-        if resume:
-            progress.note(f"There is no run in {run} to go on with: this one starts at the beginning")
-        begin_run(config, run, overwrite=overwrite)
-    try:
-        with _deterministic(config.run):
-            return _train(config, run, checkpoint, progress)
-    except OSError as error:
-        raise storage_error(error, run, "write") from error
+    if resume:
+        progress.note(f"There is no run in {run} to go on with: this one starts at the beginning")
+    begin_run(config, run, overwrite=overwrite)
+    return _Opened(config, None)
 
 
-def _train(config: TrainConfig, run: Path, checkpoint: Path | None, progress: RunProgress) -> TrainResult:
+def _train(
+    config: TrainConfig, run: Path, checkpoint: Path | None, progress: RunProgress, processes: Processes
+) -> TrainResult:
     """Prepare, loop, close."""
+    prepared = processes.lead(lambda: _prepare(config, run, checkpoint, progress, processes))
+    # The main process has written what the others now open.
+    data = prepared or prepare_data(config, run, RunProgress(is_quiet=True), tokenizer_folder=checkpoint or run)
+    model = make_model(model_config(config, data.tokenizer), seed=config.optim.seed)
+    attention = list(model.config.attn_layers)
+    progress.note(f"Model: {model.num_parameters():,} parameters, attention in layers {attention}")
+    with StopRequest() as stop:
+        step = _loop(config, run, checkpoint, data, model, progress, stop, processes)
+    if step < config.optim.steps:
+        return TrainResult(run, config, step, stop.signal, None)
+    weights = gather_weights(model) if is_sharded(model) else None
+    summary = processes.lead(lambda: _close(config, run, data, model, weights, progress))
+    return TrainResult(run, config, step, None, summary)
+
+
+def _prepare(
+    config: TrainConfig, run: Path, checkpoint: Path | None, progress: RunProgress, processes: Processes
+) -> PreparedData | None:
+    """Make tokenizer and packed text, and check or note what they are; a single process goes on with them."""
     data = prepare_data(config, run, progress, tokenizer_folder=checkpoint)
     wanted = model_config(config, data.tokenizer)
     if checkpoint is None:
-        write_data(run, data)
+        write_data(run, data, wanted)
         wanted.save_pretrained(run)
     else:
         check_same_data(run, data)
         check_same_model(checkpoint, wanted)
-    model = make_model(wanted, seed=config.optim.seed)
-    progress.note(f"Model: {model.num_parameters():,} parameters, attention in layers {list(wanted.attn_layers)}")
-    with StopRequest() as stop:
-        model, step = _loop(config, run, checkpoint, data, model, progress, stop)
-    if step < config.optim.steps:
-        return TrainResult(run, config, step, stop.signal, None)
-    summary = _close(config, run, data, model, progress)
-    return TrainResult(run, config, step, None, summary)
+    return data if processes.is_alone else None
 
 
 def _loop(
@@ -139,14 +176,18 @@ def _loop(
     model: H3ForCausalLM,
     progress: RunProgress,
     stop: StopRequest,
-) -> tuple[H3ForCausalLM, int]:
-    """Train from the checkpoint, or from the start, to the end or to a request to stop; model and steps done."""
+    processes: Processes,
+) -> int:
+    """Train from the checkpoint, or from the start, to the end or to a request to stop; gives the steps done."""
     from hippos.train.trainer import RunTrainer
 
     done = 0 if checkpoint is None else checkpoint_step(checkpoint)
     if checkpoint is not None and done >= config.optim.steps:
-        return type(model).from_pretrained(checkpoint, dtype=torch.float32), done
-    metrics = MetricsLog(run, after_step=done, use_tensorboard=config.run.tensorboard)
+        load_states(model, None, checkpoint)
+        return done
+    metrics = None
+    if processes.is_main:
+        metrics = MetricsLog(run, after_step=done, use_tensorboard=config.run.tensorboard)
     try:
         trainer = RunTrainer(
             model=model,
@@ -158,21 +199,31 @@ def _loop(
             metrics=metrics,
             progress=progress,
             stop=stop,
+            processes=processes,
+            first_step=done,
         )
         if checkpoint is not None:
             trainer.restore_window(checkpoint)
-        with progress.steps(config.optim.steps, done):
+        with progress.steps(config.optim.steps, done), worker_errors(run, trainer.state, processes):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
-        metrics.close()
-    return trainer.model, trainer.state.global_step
+        if metrics is not None:
+            metrics.close()
+    return trainer.state.global_step
 
 
 def _close(
-    config: TrainConfig, run: Path, data: PreparedData, model: H3ForCausalLM, progress: RunProgress
+    config: TrainConfig,
+    run: Path,
+    data: PreparedData,
+    model: H3ForCausalLM,
+    weights: dict[str, torch.Tensor] | None,
+    progress: RunProgress,
 ) -> dict[str, Any]:
     """Export the model, measure what the configuration asks for, and write the summary."""
-    export_model(model, run)
+    export_model(model, run, weights)
+    if weights is not None and config.run.sample_prompt:
+        model = type(model).from_pretrained(run, dtype=torch.float32)
     rows = read_metrics(run)
     last = {name: value for row in rows for name, value in row.items()}
     summary: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
 )
 
-from hippos.data import BlockOrder, PackedTokens, TokenBlocks, collate_blocks, collate_documents
-from hippos.errors import ConfigError, TrainingError
+from hippos.data import BlockOrder, PackedTokens, StepBatches, TokenBlocks, collate_blocks, collate_documents
+from hippos.errors import TrainingError
 from hippos.evaluate import score_packed
 from hippos.layers import param_groups
+from hippos.train.arguments import checkpoint_activations, seed_process, training_arguments
 from hippos.train.checkpoints import (
     checkpoint_path,
     is_complete,
@@ -36,9 +37,12 @@ from hippos.train.checkpoints import (
 from hippos.train.config import TrainConfig
 from hippos.train.flow import LossWindow, StepClock, StepFlow
 from hippos.train.metrics import MetricsLog
+from hippos.train.processes import Processes
 from hippos.train.progress import RunProgress
 from hippos.train.schedule import learning_rate_factor
+from hippos.train.sharding import is_sharded, reshard, shard_model
 from hippos.train.signals import StopRequest
+from hippos.train.states import load_states, save_states
 from hippos.train.storage import storage_error, where_to_go_on
 
 __all__ = ["RunTrainer"]
@@ -59,9 +63,11 @@ class RunTrainer(Trainer):
         run: The run's folder.
         blocks: Training sequences.
         validation: Validation text, or None.
-        metrics: Where measurements go.
+        metrics: Where measurements go; None in all processes but the main one.
         progress: What the user sees.
         stop: Asked after every step whether to save and end.
+        processes: Those of the run.
+        first_step: Steps that are done.
     """
 
     # Trainer's own attributes, for the type checker.
@@ -80,9 +86,11 @@ class RunTrainer(Trainer):
         run: Path,
         blocks: TokenBlocks,
         validation: PackedTokens | None,
-        metrics: MetricsLog,
+        metrics: MetricsLog | None,
         progress: RunProgress,
         stop: StopRequest,
+        processes: Processes,
+        first_step: int = 0,
     ) -> None:
         self.config = config
         self.run = run
@@ -90,6 +98,8 @@ class RunTrainer(Trainer):
         self.metrics = metrics
         self.progress = progress
         self.stop = stop
+        self.processes = processes
+        self.first_step = first_step
         self._clock = StepClock()
         self._window = LossWindow()
         self._step_loss: Tensor | float = 0.0
@@ -100,9 +110,14 @@ class RunTrainer(Trainer):
         collate = collate_blocks
         if config.data.reset_at_documents:
             collate = partial(collate_documents, end_id=blocks.packed.end_id)
+        arguments = training_arguments(config, run, processes)
+        if config.run.activation_checkpointing:
+            checkpoint_activations(model)
+        if config.run.parallel == "fsdp" and not processes.is_alone:
+            shard_model(model, arguments.device, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
         super().__init__(
             model=model,
-            args=_training_arguments(config, run),
+            args=arguments,
             train_dataset=blocks,
             data_collator=collate,
             processing_class=tokenizer,
@@ -110,20 +125,32 @@ class RunTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # Trainer up to 5.17 asks this instead of `loss_is_scaled_for_ga`
         self.remove_callback(PrinterCallback)
+        if not processes.is_alone:
+            seed_process(config.optim.seed, processes, first_step)
+        if is_sharded(model):
+            # Accelerate would wrap it in DDP and replace its parameters; like this it adds autocast and compilation.
+            prepare = partial(self.accelerator.prepare_model, device_placement=False, evaluation_mode=True)
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: prepare(model)
 
     def get_train_dataloader(self) -> DataLoader[Tensor]:
-        """Blocks of the whole run in one pass, in an order that only the seed decides."""
-        n_samples = self.config.optim.steps * self.config.optim.batch_size
-        order = BlockOrder(len(self.train_dataset), n_samples, seed=self.config.optim.seed)
-        loader = DataLoader(
+        """This process's blocks from the first step to do on, in an order that only the seed decides."""
+        optim = self.config.optim
+        order = BlockOrder(len(self.train_dataset), optim.steps * optim.batch_size, seed=optim.seed)
+        batches = StepBatches(
+            order,
+            optim.batch_size,
+            self.args.per_device_train_batch_size,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            first_step=self.first_step,
+        )
+        return DataLoader(
             self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            sampler=order,
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-            drop_last=True,
+            generator=torch.Generator(),  # not the global one, whose state decides dropout
         )
-        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `hippos.layers.param_groups`."""
@@ -166,9 +193,14 @@ class RunTrainer(Trainer):
     ) -> Any:
         """Mean nll of the targets, nats per token."""
         targets = inputs.pop("targets")
-        outputs = model(**inputs, use_cache=False)
-        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten())
-        return (loss, outputs) if return_outputs else loss
+        outputs = model(
+            **inputs,
+            labels=targets,
+            shift_labels=targets,
+            loss_chunk_tokens=self.config.optim.loss_chunk_tokens,
+            use_cache=False,
+        )
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro batch; adds up the loss of the step."""
@@ -183,6 +215,8 @@ class RunTrainer(Trainer):
             TrainingError: If the loss or the gradient is not finite; the weights are still those of the last step.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         measured = [self._step_loss, grad_norm, float(self.stop.signal is not None)]
         on_device = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in measured])
         # The mean over all processes; one who was asked to stop stops all of them after the same step.
@@ -200,7 +234,7 @@ class RunTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a row of metrics at Trainer's logging steps; its other reports are ours to make."""
-        if "loss" not in logs or not self.is_world_process_zero():
+        if "loss" not in logs or self.metrics is None:
             return
         step, total = self.state.global_step, self.config.optim.steps
         tokens_a_step = self.config.optim.batch_size * self.config.data.seqlen
@@ -226,13 +260,16 @@ class RunTrainer(Trainer):
                     window=self.config.data.seqlen,
                     batch_size=self.config.run.eval_batch_size,
                     reset_at_documents=self.config.data.reset_at_documents,
+                    part=(self.processes.rank, self.processes.world_size),
                 )
+            reshard(self.model)
+            score = replace(score, nll_sum=sum(self.processes.gather(score.nll_sum)))
             row = {
                 "validation_nll": score.nll,
                 "validation_perplexity": score.perplexity,
                 "validation_bits_per_byte": score.bits_per_byte,
             }
-            if self.is_world_process_zero():
+            if self.metrics is not None:
                 self.metrics.write(self.state.global_step, row)
                 self.progress.validation(self.state.global_step, row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
@@ -240,9 +277,48 @@ class RunTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Trainer's hook: take the weights of a checkpoint, every one of them."""
-        model = self.model if model is None else model
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
+        load_states(self.model, None, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's hook: take the optimiser's states by name; the schedule follows from the step."""
+        if checkpoint is None:
+            return
+        load_states(self.model, _plain_optimizer(self.optimizer), Path(checkpoint))
+        scheduler = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        # The rates of the next step are in the optimiser, which was made for step 0.
+        for group, base, factor in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's hook: go on with the random numbers of this process, where the checkpoint has them."""
+        super()._load_rng_state(checkpoint)
+        stored = sorted(Path(checkpoint or ".").glob("rng_state*.pth"))
+        if checkpoint is not None and len(stored) != self.processes.world_size:
+            self.progress.note(
+                f"The checkpoint is of {len(stored)} processes and these are {self.processes.world_size}: data and "
+                "losses go on as they were (but for rounding), dropout draws other numbers"
+            )
+            seed_process(self.config.optim.seed, self.processes, self.state.global_step)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's hook: write the optimiser's states by name, and of a sharded model the weights."""
+        folder = Path(output_dir)
+        save_states(self.model, _plain_optimizer(self.optimizer), folder, is_main=self.processes.is_main)
+        if self.processes.is_main:
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's hook: write the model; of a sharded one the configuration, the weights being in its shards."""
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+        elif self.processes.is_main:
+            folder = Path(output_dir or self.run)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
 
     def restore_window(self, checkpoint: Path) -> None:
         """Take up the losses since the last row of metrics, which a checkpoint between two rows holds."""
@@ -261,22 +337,33 @@ class RunTrainer(Trainer):
         step = self.state.global_step
         if is_complete(checkpoint_path(self.run, step)):
             return
-        is_main = self.is_world_process_zero()
+        is_main = self.processes.is_main
         try:
             with writing_checkpoint(self.run, step) if is_main else nullcontext(staged_path(self.run, step)) as folder:
-                self.accelerator.wait_for_everyone()
-                self._write_files(model, trial, folder)
-                self.accelerator.wait_for_everyone()
+                self.processes.wait()
+                failed = [error for error in self.processes.gather(self._try_to_write(model, trial, folder)) if error]
+                if failed:
+                    raise failed[0]
         except OSError as error:
             raise storage_error(error, self.run, f"save checkpoint-{step}") from error
         if is_main:
             rotate_checkpoints(self.run, self.config.run.keep_checkpoints)
 
+    def _try_to_write(self, model: nn.Module, trial: Any, folder: Path) -> Exception | None:
+        """The error with which this process failed to write, for all processes to know."""
+        try:
+            self._write_files(model, trial, folder)
+        except (OSError, TrainingError) as error:
+            if self.processes.is_alone:
+                raise
+            return error
+        return None
+
     def _write_files(self, model: nn.Module, trial: Any, folder: Path) -> None:
         self._saving_to = folder
         try:
             super()._save_checkpoint(model, trial)
-            if self.is_world_process_zero():
+            if self.metrics is not None:
                 (folder / _WINDOW_FILE).write_text(json.dumps({"losses": self._window.losses}))
                 self.metrics.sync()
         except (RuntimeError, SafetensorError) as error:
@@ -286,37 +373,7 @@ class RunTrainer(Trainer):
             self._saving_to = None
 
 
-def _training_arguments(config: TrainConfig, run: Path) -> TrainingArguments:
-    """Trainer's settings; what `StepFlow` and the overridden methods decide is switched off."""
-    optim = config.optim
-    use_cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(run),
-        max_steps=optim.steps,
-        learning_rate=optim.learning_rate,
-        max_grad_norm=optim.clip_norm,
-        seed=optim.seed,
-        bf16=optim.dtype == "bfloat16" or (optim.dtype == "auto" and use_cuda and torch.cuda.is_bf16_supported()),
-        torch_compile=config.run.compile,
-        full_determinism=False,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=use_cuda,
-        use_cache=True,  # Trainer writes this into the model's configuration, and so into checkpoints
-    )
-    share, rest = divmod(optim.batch_size, arguments.world_size)
-    if rest:
-        raise ConfigError(
-            f"optim.batch_size {optim.batch_size} must be a multiple of the {arguments.world_size} devices"
-        )
-    micro = optim.micro_batch_size or share
-    if share % micro:
-        raise ConfigError(f"optim.micro_batch_size {micro} must divide a device's share {share} of optim.batch_size")
-    arguments.per_device_train_batch_size = micro
-    arguments.gradient_accumulation_steps = share // micro
-    return arguments
+def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser inside Accelerate's wrapper."""
+    plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return plain

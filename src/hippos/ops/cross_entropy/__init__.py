@@ -32,7 +32,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: Last hidden states, shape (N, D), any floating dtype.
-        weight: Rows of the output product, shape (rows, D), rows >= ``vocab_size``, same dtype.
+        weight: Rows of the output product, shape (rows, D), rows >= ``vocab_size``; float64 as ``hidden`` is or not.
         targets: Ids below ``vocab_size``, or ``ignore_index``, shape (N,), int64.
         vocab_size: Rows that are tokens, the first ones; the others only fill up. None: all.
         chunk_tokens: Rows of logits at a time, at least 1.

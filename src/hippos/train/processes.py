@@ -1,0 +1,100 @@
+"""The processes of a run under torchrun: who they are, and work that one of them does for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hippos.errors import ConfigError
+
+__all__ = ["Processes"]
+
+Result = TypeVar("Result")
+
+# For one process the others wait as long as its work takes: encoding a large corpus can take a day.
+_LONGEST_WORK = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Args:
+        rank: Its number, from 0.
+        world_size: How many there are.
+        waiting: Group in which processes wait for each other's work without a time limit; None for a single process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    waiting: Any = None
+
+    @classmethod
+    def join(cls) -> Processes:
+        """Meet the other processes that torchrun has started; a single process is alone.
+
+        Raises:
+            ConfigError: If torchrun's environment is not complete.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size <= 1:
+            return cls()
+        if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ConfigError(
+                f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: start several processes with "
+                "torchrun, as in torchrun --nproc-per-node 2 -m hippos train ..."
+            )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), world_size, dist.new_group(backend="gloo", timeout=_LONGEST_WORK))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world_size == 1
+
+    def lead(self, work: Callable[[], Result]) -> Result:
+        """Let the main process work and give all processes its result, which must be picklable.
+
+        An error goes on in the main process; the others, who have nothing to add, exit with code 1.
+        """
+        if self.is_alone:
+            return work()
+        box: list[Any] = [None, True]
+        if self.is_main:
+            try:
+                box = [work(), False]
+            finally:
+                dist.broadcast_object_list(box, src=0, group=self.waiting)
+        else:
+            dist.broadcast_object_list(box, src=0, group=self.waiting)
+            if box[1]:
+                raise SystemExit(1)
+        result: Result = box[0]
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks; values must be picklable."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.waiting)
+        return values
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        if not self.is_alone:
+            dist.barrier(group=self.waiting)
