@@ -57,9 +57,10 @@ def test_captured_steps_write_what_transformers_writes(shape):
     assert torch.equal(writer.generate(ragged, GREEDY).tokens, torch.stack(alone))
 
 
-@pytest.mark.parametrize("batch", [1, 5, 64, 65])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[4]])
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [(1, torch.bfloat16), (5, torch.bfloat16), (64, torch.float16), (65, torch.bfloat16)]
+)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[4]])
 def test_fused_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
     exact = make_model(**shape)
     model = make_model(**shape, dtype=dtype)

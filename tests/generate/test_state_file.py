@@ -106,7 +106,7 @@ def test_damage_is_found(prompt, place, tmp_path):
     content = bytearray(path.read_bytes())
     content[int(len(content) * place) if isinstance(place, float) else place] ^= 0x41
     path.write_bytes(content)
-    with pytest.raises(StateError, match="state is (damaged|no state file)"):
+    with pytest.raises(StateError, match=r"state is (damaged|no state file)"):
         load_state(path, model)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(StateError, match="state is damaged"):

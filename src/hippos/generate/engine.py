@@ -149,11 +149,10 @@ class Generator:
         held, context = self._hold(pieces, sampling.max_new_tokens, state)
         with self._advising(len(pieces), context):
             steps = self._make_steps(len(pieces), sampling, held, log_probs=log_probs)
-            if held is not None:
-                part = steps.decoder.state
-                part.clear()
+            if isinstance(steps.decoder, H3Decoder):
+                steps.decoder.state.clear()
                 if state is not None:
-                    part.copy_from(state)
+                    steps.decoder.state.copy_from(state)
             steps.decoder.read(pieces)
         self._stream = TokenStream(
             steps,
@@ -322,7 +321,7 @@ class Generator:
         self, batch: int, sampling: Sampling, held: GenerationState | None, *, log_probs: bool
     ) -> EagerSteps | GraphSteps:
         """Steps of a decoder that has read nothing yet; captured ones are kept as long as the weights stay."""
-        options = {"n_tokens": self.n_tokens, "log_probs": log_probs}
+        options: dict[str, Any] = {"n_tokens": self.n_tokens, "log_probs": log_probs}
         decoder: H3Decoder | CacheDecoder
         if held is None:
             decoder = CacheDecoder(self.model, chunk_len=self.chunk_len)

@@ -17,8 +17,10 @@ from hippos.ops.ssm_step import h3_step_prepared
 
 
 class FusedStep:
-    """One more token of each text: per layer one kernel for the projections in, one for the mixing, one for the
-    projection out, two for the MLP, and, for more than one text, two that add to the stream and normalise it.
+    """One more token of each text.
+
+    Per layer one kernel for the projections in, one for the mixing, one for the projection out, two for the MLP; for
+    more than one text also two that add to the stream and normalise it.
 
     Args:
         model: An H3 language model that `fits`.

@@ -97,7 +97,7 @@ class _Slot:
         self._tokens.copy_(tokens, non_blocking=True)
         if self._log_probs is not None and log_probs is not None:
             self._log_probs.copy_(log_probs, non_blocking=True)
-        self._is_filled.record()  # type: ignore[no-untyped-call]
+        self._is_filled.record()
 
     def read(self) -> HostStep:
         self._is_filled.synchronize()

@@ -146,7 +146,8 @@ class H3Decoder:
                 return _attend_step(q, k, v, cache, lengths, self.state.n_tokens)
             # The host's counts must not matter here: the step may become part of a CUDA graph.
             impl: StepImpl = "reference" if u.dtype == torch.float64 else "triton"
-            o = attention_step(*(x.squeeze(2) for x in (q, k, v)), cache.keys, cache.values, lengths, impl=impl)
+            q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)  # (B, H, P)
+            o = attention_step(q, k, v, cache.keys, cache.values, lengths, impl=impl)
             return o.unsqueeze(2)
 
         position_ids = lengths.unsqueeze(1) if mixer.rotary_dim else None

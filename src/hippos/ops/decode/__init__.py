@@ -1,5 +1,7 @@
-"""The pieces of a decode step beside the recurrence, for a few tokens at a time: linear maps bound by the reading of
-their weights, residual sums with their normalisation, attention of one query to a static cache.
+"""The pieces of a decode step beside the recurrence, for a few tokens at a time.
+
+Linear maps bound by the reading of their weights, residual sums with their normalisation, attention of one query to a
+static cache.
 """
 
 from __future__ import annotations
@@ -143,8 +145,7 @@ def add_norm(
 def attention_step(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, impl: StepImpl = "triton"
 ) -> Tensor:
-    """Attend with one query of each text to the tokens before it and to itself; only the filled part of the cache is
-    read.
+    """Attend with one query of each text to the tokens before it and to itself, reading no more of the cache.
 
     Args:
         q: Queries, shape (B, H, P), scaled by 1/sqrt(P) here; heads and coordinates contiguous, rows of any stride.

@@ -1,9 +1,12 @@
-"""Triton kernels of a decode step beside the recurrence: products with few rows, residual sums with their
-normalisation, attention of one query to a cache.
+"""Triton kernels of a decode step beside the recurrence.
+
+With OVERLAPS a kernel may be started while the one in front of it still runs (programmatic dependent launch): it waits
+before it touches what others write, and lets the next one start.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -33,9 +36,12 @@ def vector_linear_kernel(
     ADDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """Y = act(W norm(x) + b), or y += W x + b, for one token; up to three weights of N rows each, at offsets from the
-    first. A program makes BLOCK_N outputs; with a norm, BLOCK_K covers K.
+    """Compute y = act(W norm(x) + b), or y += W x + b, for one token.
+
+    Up to three weights of N rows each, at offsets from the first. A program makes BLOCK_N outputs; with a norm, BLOCK_K
+    covers K.
     """
     pid_n = tl.program_id(0) * BLOCK_N
     which = pid_n // N
@@ -45,15 +51,18 @@ def vector_linear_kernel(
     w_ptr += tl.multiple_of(w_offset, 16)
     offs_n = row + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + offs_n[:, None] * K + offs_k[None, :]
+    # The weights are read before the kernel in front has ended: they don't depend on it.
+    w = tl.load(w_ptrs, mask=offs_k[None, :] < K, other=0.0, eviction_policy="evict_first")
+    bias = tl.load(b_ptr + b_offset + offs_n).to(tl.float32)
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask = k + offs_k < K
-        w = tl.load(
-            w_ptr + offs_n[:, None] * K + (k + offs_k)[None, :],
-            mask=mask[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        ).to(tl.float32)
+        if k > 0:
+            w = tl.load(w_ptrs + k, mask=mask[None, :], other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + k + offs_k, mask=mask, other=0.0).to(tl.float32)
         if HAS_NORM:
             mean = tl.sum(x, 0) / K
@@ -63,8 +72,8 @@ def vector_linear_kernel(
             norm_b = tl.load(norm_b_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
             x = centred * scale * norm_w + norm_b
             x = x.to(y_ptr.dtype.element_ty).to(tl.float32)
-        acc += w * x[None, :]
-    y = tl.sum(acc, 1) + tl.load(b_ptr + b_offset + offs_n).to(tl.float32)
+        acc += w.to(tl.float32) * x[None, :]
+    y = tl.sum(acc, 1) + bias
     if HAS_GELU:
         y = _gelu(y)
     y_ptrs = y_ptr + pid_n + tl.arange(0, BLOCK_N)
@@ -93,9 +102,11 @@ def rows_linear_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """Y = act(x W^T + b) for up to BLOCK_B tokens; weights as in `vector_linear_kernel`. With LEAVES_PARTS
-    each program leaves the float32 sum over its part of K, without bias, in y[split].
+    """Compute y = act(x W^T + b) for up to BLOCK_B tokens; weights as in `vector_linear_kernel`.
+
+    With LEAVES_PARTS each program leaves the float32 sum over its part of K, without bias, in y[split].
     """
     pid_n = tl.program_id(0) * BLOCK_N
     pid_s = tl.program_id(1)
@@ -111,6 +122,9 @@ def rows_linear_kernel(
     mask_b = offs_b[:, None] < batch
     x_ptrs = x_ptr + offs_b[:, None] * K + offs_k[None, :]
     w_ptrs = w_ptr + (row + offs_n)[None, :] * K + offs_k[:, None]
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     for _ in range(0, part, BLOCK_K):
         x = tl.load(x_ptrs, mask=mask_b, other=0.0)
@@ -141,12 +155,18 @@ def add_norm_kernel(
     D: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """X += sum of the parts + b in place, then u = LayerNorm(x); a program for each token."""
     pid_b = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < D
     place = pid_b * D + offs_d
+    norm_w = tl.load(norm_w_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if PARTS > 0:
         x += tl.load(b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
@@ -158,8 +178,6 @@ def add_norm_kernel(
     mean = tl.sum(x, 0) / D
     centred = tl.where(mask, x - mean, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    norm_w = tl.load(norm_w_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(u_ptr + place, (centred * scale * norm_w + norm_b).to(u_ptr.dtype.element_ty), mask=mask)
 
 
@@ -181,14 +199,20 @@ def attention_step_kernel(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """One query of one head attends to the keys of its text and to its own, which joins the cache. With SPLITS > 1 a
-    program leaves (maximum, sum of weights, weighted values) of its part of the text in parts.
+    """One query of one head attends to the keys of its text and to its own, which joins the cache.
+
+    With SPLITS > 1 a program leaves (maximum, sum of weights, weighted values) of its part of the text in parts.
     """
     pid = tl.program_id(0)
     pid_s = tl.program_id(1)
     sequence = pid // HEADS
     head = pid - sequence * HEADS
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
@@ -208,7 +232,7 @@ def attention_step_kernel(
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
     start = pid_s * span
     stop = tl.minimum(start + span, length)
-    for t in range(start, stop, BLOCK_T):
+    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask_t = offs_t < stop
         places = base + offs_t[:, None] * P + offs_p[None, :]
@@ -239,8 +263,12 @@ def attention_join_kernel(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Join what the parts of `attention_step_kernel` have left."""
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     offs_s = tl.arange(0, BLOCK_S)
     offs_p = tl.arange(0, BLOCK_P)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -83,6 +83,7 @@ def vector_linear(
         BLOCK_N=2,
         BLOCK_K=block_k,
         num_warps=2 if block_k <= 2048 else 4,
+        **_overlap(x),
     )
     return y
 
@@ -118,15 +119,23 @@ def rows_linear(
         BLOCK_K=schedule.block_k,
         num_warps=4,
         num_stages=max(2, min(5, _shared_memory(x) // n_bytes)),
+        **_overlap(x),
     )
     return y
+
+
+def _overlap(x: Tensor) -> dict[str, Any]:
+    """Arguments of a launch that may overlap with the one before, where the GPU can (Hopper and newer)."""
+    can = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"OVERLAPS": can, "launch_pdl": True} if can else {"OVERLAPS": False}
 
 
 def _shared_memory(x: Tensor) -> int:
     """Bytes that a program may take, with room for the compiler's own."""
     if x.device.type != "cuda":
         return 0
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 4096
+    properties: Any = torch.cuda.get_device_properties(x.device)
+    return int(properties.shared_memory_per_block_optin) - 4096
 
 
 def add_norm_launch(
@@ -148,6 +157,7 @@ def add_norm_launch(
         PARTS=0 if parts is None else parts.shape[0],
         BLOCK_D=triton.next_power_of_2(d_model),
         num_warps=4,
+        **_overlap(x),
     )
     return u
 
@@ -176,10 +186,19 @@ def attention_step_launch(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
         SPLITS=splits,
         BLOCK_T=32,
         BLOCK_P=block_p,
+        STAGES=1,
         num_warps=4,
+        **_overlap(q),
     )
     if splits > 1:
         attention_join_kernel[(batch * n_heads,)](
-            parts, y, P=head_dim, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=block_p, num_warps=4
+            parts,
+            y,
+            P=head_dim,
+            SPLITS=splits,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_P=block_p,
+            num_warps=4,
+            **_overlap(q),
         )
     return y
