@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.fft_conv.kernel_fallback import backward_without_kernels, none
-from hippos.ops.fft_conv.plan import is_transform, longest, longest_in_one
+from hippos.ops.fft_conv.plan import is_too_long, is_transform, longest, longest_in_one
 from hippos.ops.fft_conv.spectral import fft_conv_torch
 from hippos.ops.stacking import stack_as_channels
 
@@ -32,8 +32,9 @@ def why_not_triton(u: Tensor, ssm_filter: Tensor, gates: tuple[Tensor | None, ..
         return "Triton is not installed"
     if any(signal is not None and signal.dtype not in KERNEL_DTYPES for signal in (u, *gates)):
         return "it takes float16, bfloat16 and float32 signals, not float64"
-    length, limit = unrolled_length(u, ssm_filter, causal), longest(u.dtype, u.device)
-    if length > limit:
+    length = unrolled_length(u, ssm_filter, causal)
+    if is_too_long(length, u.dtype, u.device):
+        limit = longest(u.dtype, u.device)
         wraps = "" if causal else ", and to wrap around adds K - 1 of them"
         return f"it takes up to {limit} samples in {u.dtype}{wraps}, got {length}"
     return None

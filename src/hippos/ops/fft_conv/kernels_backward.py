@@ -19,7 +19,7 @@ from hippos.ops.fft_conv.kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "n_heads", "per_program"])
 def fft_conv_bwd_kernel(
     u_ptr, in_gate_ptr, out_gate_ptr, dout_ptr, du_ptr, din_ptr, dgate_ptr,
     spectrum_ptr, exponents_ptr, matrices_ptr, dspectrum_ptr,

@@ -22,7 +22,7 @@ from hippos.ops.fft_conv.kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filter_len"])
 def filter_spectrum_kernel(
     filter_ptr, d_ptr, spectrum_ptr, exponents_ptr, matrices_ptr, filter_len,
     ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr, HAS_D: tl.constexpr,
@@ -49,7 +49,7 @@ def filter_spectrum_kernel(
     tl.store(exponents_ptr + channel, taps_exponent + rescale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_heads", "filter_len", "splits"])
 def filter_gradient_kernel(
     dspectrum_ptr, dfilter_ptr, matrices_ptr, n_heads, filter_len, splits,
     ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,

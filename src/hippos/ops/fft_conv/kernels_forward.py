@@ -18,7 +18,7 @@ from hippos.ops.fft_conv.kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "per_program"])
 def fft_conv_fwd_kernel(
     u_ptr, in_gate_ptr, out_gate_ptr, y_ptr, spectrum_ptr, exponents_ptr, matrices_ptr,
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, y_stride_b, y_stride_h,

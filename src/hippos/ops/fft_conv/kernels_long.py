@@ -37,7 +37,7 @@ def dft_matrices_kernel(matrices_ptr, OUTER: tl.constexpr, ROWS: tl.constexpr, C
     store_matrix(matrices_ptr + 4 * (OUTER * OUTER + ROWS * ROWS), dft_matrix(COLS, 0, 2), COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def columns_kernel(
     x_ptr, gate_ptr, d_ptr, matrices_ptr, out_ptr, x_stride_b, x_stride_h, gate_stride_b, gate_stride_h, batch, seqlen,
     OUTER: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
@@ -66,7 +66,7 @@ def columns_kernel(
     tl.store(out_ptr + INNER, re * root_im + im * root_re)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def columns_back_kernel(
     z_ptr, factor_ptr, out_ptr, factor2_ptr, out2_ptr, matrices_ptr,
     factor_stride_b, factor_stride_h, factor2_stride_b, factor2_stride_h, out_stride_b, out_stride_h, batch, seqlen,
@@ -101,7 +101,7 @@ def columns_back_kernel(
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def rows_kernel(
     z_ptr, spectrum_ptr, matrices_ptr, batch,
     OUTER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr, MATRIX: tl.constexpr,
@@ -130,7 +130,7 @@ def rows_kernel(
     store_spectrum(z_ptr, re, im, ROWS, COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def rows_bwd_kernel(
     x_ptr, e_ptr, spectrum_ptr, matrices_ptr, dspectrum_ptr, batch,
     OUTER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PLANES: tl.constexpr, MATRIX: tl.constexpr,

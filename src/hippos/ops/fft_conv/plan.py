@@ -148,6 +148,12 @@ def longest_in_one(dtype: torch.dtype, device: torch.device) -> int:
     return 8192
 
 
+def is_too_long(length: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels do not take sequences of ``length`` samples."""
+    # Devices are asked only where they differ, which compilers cannot see through.
+    return length > _MOST_OUTER * 4096 and length > longest(dtype, device)
+
+
 def longest(dtype: torch.dtype, device: torch.device) -> int:
     """The longest sequence that the kernels take."""
     return _MOST_OUTER * longest_in_one(dtype, device)
