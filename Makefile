@@ -14,8 +14,11 @@ PIP_ARGS ?=
 TEST_ARGS ?=
 # One PyTorch thread a worker and one worker a core: many small tests gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+# Triton's interpreter and the NumPy that it needs lie over the environment's packages where kernels are tested, and there only.
+INTERPRETER := $(VENV)/interpreter
+TEST_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(PYTEST) $(wildcard tests/ops/test_*_triton.py)
 
-.PHONY: help setup demo test test-slow check format format-check lint types imports docs clean
+.PHONY: help setup demo test test-kernels test-slow check format format-check lint types imports docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -32,12 +35,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e . --group dev --group docs $(PIP_ARGS)
 	@touch $@
 
+$(INTERPRETER): $(STAMP)
+	@rm -rf $@ $@.part
+	@$(BIN)/python -m pip install -qq --no-deps --target $@.part --group interpreter $(PIP_ARGS)
+	@mv $@.part $@
+
 demo: setup  ## Train a small hybrid H3 on Python's own source, then write text with it
 	@PATH="$(CURDIR)/$(BIN):$$PATH" hippos train demo --out runs/demo --overwrite
 	@echo "(source $(BIN)/activate puts the hippos command on your path.)"
 
-test: setup  ## Run the tests
+test: setup $(INTERPRETER)  ## Run the tests
 	$(PYTEST) $(TEST_ARGS)
+	$(if $(TEST_ARGS),,$(TEST_KERNELS))
+
+test-kernels: setup $(INTERPRETER)  ## Run the tests of the GPU kernels alone, in Triton's interpreter
+	$(TEST_KERNELS)
 
 test-slow: setup  ## Run the tests that take more than ten seconds each
 	$(PYTEST) -m "slow and not gpu" $(TEST_ARGS)
