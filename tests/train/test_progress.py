@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from hippos.train.progress import RunProgress, format_seconds
+from hippos.train.progress import RunProgress, format_seconds, peak_memory_gib
 
 ROW = {"loss": 3.25, "tokens_per_s": 12345.6}
 
@@ -34,6 +34,13 @@ def test_plain_lines_have_loss_speed_and_time_left() -> None:
         "step 10/100  loss 3.250  12,346 tokens/s  1:15 left",
         "step 10: validation perplexity 20.50, 1.250 bits per byte",
     ]
+
+
+def test_memory_and_utilisation_are_shown_where_they_are_known() -> None:
+    reports, out = progress(is_terminal=False)
+    reports.metrics(10, 100, {**ROW, "memory_gib": 1.24, "mfu": 0.456}, 75.0)
+    assert out.getvalue().strip().endswith("1:15 left  1.2 GiB  MFU 45.6%")
+    assert 0.01 < peak_memory_gib() < 100
 
 
 def test_terminal_shows_a_bar_with_the_same() -> None:

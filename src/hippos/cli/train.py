@@ -76,9 +76,8 @@ def _list_recipes() -> None:
     width = max(map(len, RECIPES))
     for name in RECIPES:
         typer.echo(f"{name:<{width}}  {describe_recipe(name)}")
-    typer.echo("\nShort names:")
     for short, full in ALIASES.items():
-        typer.echo(f"{short:<{width}}  {full}")
+        typer.echo(f"{short:<{width}}  short for {full}")
 
 
 def _source_settings(text: list[str] | None, validation: list[str] | None, tokenizer: str | None) -> list[str]:
@@ -140,6 +139,7 @@ def _end(result: TrainResult, *, as_json: bool) -> None:
     typer.echo(f"\nLoss: {figure}")
     prompt = result.config.run.sample_prompt or "The"
     typer.echo("Try next:")
+    typer.echo(f"  hippos report {shlex.quote(str(result.run))}")
     typer.echo(f"  hippos generate {shlex.quote(str(result.run))} --prompt {shlex.quote(prompt)}")
     typer.echo(f"  {resume_command(result.run)} --set steps={2 * result.config.optim.steps}")
 

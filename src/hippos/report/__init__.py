@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from hippos.report.loss_curve import draw_loss_curve
+from hippos.report.page import write_page
 
-__all__ = ["draw_loss_curve"]
+__all__ = ["draw_loss_curve", "write_page"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,13 @@ def training_arguments(config: TrainConfig, run: Path, processes: Processes) -> 
     """Trainer's settings; what `StepFlow` and the overridden methods decide is switched off.
 
     Raises:
-        ConfigError: If the processes cannot share the batch out.
+        ConfigError: If the processes cannot share the batch out, or a package is missing.
     """
     optim = config.optim
     use_cuda = torch.cuda.is_available()
     micro = micro_batch_size(config, processes.world_size)
+    if config.run.wandb and find_spec("wandb") is None:
+        raise ConfigError("run.wandb needs the package wandb: pip install wandb")
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=optim.steps,
@@ -66,7 +69,7 @@ def micro_batch_size(config: TrainConfig, world_size: int) -> int:
     """Sequences that a process holds at once.
 
     Raises:
-        ConfigError: If the processes cannot share the batch out.
+        ConfigError: If the processes cannot share the batch out, or a package is missing.
     """
     optim = config.optim
     share, rest = divmod(optim.batch_size, world_size)

@@ -35,10 +35,11 @@ from hippos.train.checkpoints import (
     writing_checkpoint,
 )
 from hippos.train.config import TrainConfig
+from hippos.train.flops import peak_flops, training_flops_per_token
 from hippos.train.flow import LossWindow, StepClock, StepFlow
 from hippos.train.metrics import MetricsLog
 from hippos.train.processes import Processes
-from hippos.train.progress import RunProgress
+from hippos.train.progress import RunProgress, peak_memory_gib
 from hippos.train.schedule import learning_rate_factor
 from hippos.train.sharding import is_sharded, reshard, shard_model
 from hippos.train.signals import StopRequest
@@ -111,6 +112,8 @@ class RunTrainer(Trainer):
         if config.data.reset_at_documents:
             collate = partial(collate_documents, end_id=blocks.packed.end_id)
         arguments = training_arguments(config, run, processes)
+        self._peak_flops = peak_flops(arguments.device)
+        self._flops_per_token = training_flops_per_token(model, config.data.seqlen)
         if config.run.activation_checkpointing:
             checkpoint_activations(model)
         if config.run.parallel == "fsdp" and not processes.is_alone:
@@ -245,9 +248,16 @@ class RunTrainer(Trainer):
             "tokens": step * tokens_a_step,
             "tokens_per_s": self._clock.take_steps_per_s() * tokens_a_step,
         }
+        if self._peak_flops is not None:
+            done = row["tokens_per_s"] * self._flops_per_token
+            row["mfu"] = done / (self._peak_flops * self.processes.world_size)
         self._window = LossWindow()
-        self.metrics.write(step, row)
-        self.progress.metrics(step, total, row, self._clock.seconds_left(step, total))
+        memory = {"memory_gib": peak_memory_gib()}
+        # On a CPU it is the whole process's, which differs from session to session: nothing to keep.
+        kept = {**row, **memory} if self.args.device.type == "cuda" else row
+        self.metrics.write(step, kept)
+        self.progress.metrics(step, total, {**row, **memory}, self._clock.seconds_left(step, total))
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation text, in windows of the training length that do not overlap."""
@@ -272,6 +282,7 @@ class RunTrainer(Trainer):
             if self.metrics is not None:
                 self.metrics.write(self.state.global_step, row)
                 self.progress.validation(self.state.global_step, row)
+                self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
