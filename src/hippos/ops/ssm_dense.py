@@ -87,11 +87,11 @@ def dense_advance(u: Tensor, state: Tensor | None, a: Tensor, b: Tensor) -> Tens
     a, b = a.to(dtype), b.to(dtype)
     with torch.autocast(a.device.type, enabled=False):
         chunk_len = _chunk_len(seqlen)
-        impulses, jump = _orbit(a, b.unsqueeze(-1), chunk_len)  # (H, T, N, 1): a^j b
+        impulses, jump = _orbit(a, b.unsqueeze(-1), chunk_len)  # (H, N, T, 1): a^j b
         n_missing = -seqlen % chunk_len
         padded = torch.nn.functional.pad(u.to(dtype), (n_missing, 0))
         chunks = padded.reshape(batch, n_heads, -1, chunk_len)  # (B, H, C, T)
-        added = (chunks @ impulses.squeeze(-1).flip(1)).unbind(2)  # of (B, H, N)
+        added = (chunks @ impulses.squeeze(-1).flip(2).mT).unbind(2)  # of (B, H, N)
         last = added[0]
         if state is not None:
             last = last + _apply(torch.linalg.matrix_power(a, chunk_len - n_missing), state.to(dtype))
@@ -144,10 +144,12 @@ def _chunk_len(seqlen: int) -> int:
 
 
 def _orbit(a: Tensor, x: Tensor, n_steps: int) -> tuple[Tensor, Tensor]:
-    """x, a x, ... a^(n - 1) x for x (H, N, R), shape (H, n, N, R), and a^n, by doubling; n is a power of two."""
-    orbit, power = x.unsqueeze(1), a
-    while orbit.shape[1] < n_steps:
-        orbit = torch.cat((orbit, power.unsqueeze(1) @ orbit), dim=1)
+    """x, a x, ... a^(n - 1) x for x (H, N, R), shape (H, N, n, R), and a^n, by doubling; n is a power of two."""
+    # Products that broadcast would make a gradient for every power before they sum.
+    orbit, power = x.unsqueeze(2), a
+    while orbit.shape[2] < n_steps:
+        later = torch.unflatten(power @ orbit.flatten(2), 2, orbit.shape[2:])
+        orbit = torch.cat((orbit, later), dim=2)
         power = power @ power
     return orbit, power
 
@@ -156,10 +158,10 @@ def _free_outputs(a: Tensor, c: Tensor, x: Tensor, seqlen: int) -> Tensor:
     """C a^t x for t < L and R states x (H, N, R): shape (R, H, L)."""
     chunk_len = _chunk_len(seqlen)
     n_chunks = -(-seqlen // chunk_len)
-    rows, jump = _orbit(a.mT, c.unsqueeze(-1), chunk_len)  # (H, T, N, 1): (a^T)^j c
-    columns, _ = _orbit(jump.mT, x, 1 << (n_chunks - 1).bit_length())  # (H, C, N, R)
-    products = rows.squeeze(-1).unsqueeze(1) @ columns[:, :n_chunks]  # (H, C, T, R)
-    return products.flatten(1, 2)[:, :seqlen].permute(2, 0, 1)
+    rows, jump = _orbit(a.mT, c.unsqueeze(-1), chunk_len)  # (H, N, T, 1): (a^T)^j c
+    columns, _ = _orbit(jump.mT, x, 1 << (n_chunks - 1).bit_length())  # (H, N, C, R)
+    products = rows.squeeze(-1).mT @ columns[:, :, :n_chunks].flatten(2)  # (H, T, C R)
+    return torch.unflatten(products, 2, (n_chunks, -1)).permute(3, 0, 2, 1).flatten(2)[..., :seqlen]
 
 
 def _apply(a: Tensor, x: Tensor) -> Tensor:
