@@ -52,6 +52,18 @@ class TestCausalSelfAttention:
         torch.testing.assert_close(y[:, :4], y_changed[:, :4])
         assert not torch.allclose(y[:, 4:], y_changed[:, 4:])
 
+    def test_learned_positions_are_added_to_the_tokens(self, u):
+        layer, plain = make_attention(learned_positions=9), make_attention()
+        plain.load_state_dict(layer.state_dict(), strict=False)
+        places = layer.embed_positions.weight
+        torch.testing.assert_close(layer(u), plain(u + places[:7]))
+        torch.testing.assert_close(layer(u, position_ids=torch.arange(7) + 2), plain(u + places[2:]))
+        layer(u).square().sum().backward()
+        assert (places.grad[:7] != 0).any(1).all()
+        assert (places.grad[7:] == 0).all()
+        with pytest.raises(ValueError, match="u has 10 tokens, learned are 9 positions"):
+            layer(torch.zeros(1, 10, 12, dtype=torch.float64))
+
     def test_rotary_sees_only_differences_of_positions(self, u):
         layer = make_attention(rotary_dim=4)
         positions = torch.arange(7)
@@ -110,6 +122,7 @@ class TestCausalSelfAttention:
         [
             ({"n_heads": 5}, "n_heads 5 must divide d_model 12"),
             ({"n_heads": 0}, "n_heads 0 must divide"),
+            ({"learned_positions": -1}, "learned_positions must be at least 0, got -1"),
             ({"rotary_dim": 3}, "rotary_dim must be even and between 0 and the head width 4, got 3"),
             ({"rotary_dim": 6}, "between 0 and the head width 4, got 6"),
             ({"rotary_base": 0.0}, "rotary_base must be positive, got 0.0"),

@@ -23,6 +23,8 @@ class CausalSelfAttention(nn.Module):
         n_heads: Number of heads H, a divisor of D; the head width is P = D/H.
         rotary_dim: Coordinates of each head that a rotary position embedding turns, even and at most P; 0 for no
             position embedding.
+        learned_positions: Positions with a learned embedding, which is added to the tokens; 0 for none. Longer
+            sequences are refused.
         rotary_base: Base of its wavelengths.
         dropout: Probability of dropping an attention weight in training.
         device: Where the parameters are made.
@@ -31,9 +33,11 @@ class CausalSelfAttention(nn.Module):
     Attributes:
         qkv_proj: ``nn.Linear`` from D to 3D; its rows are ordered (q | k | v), each (head, coordinate).
         out_proj: ``nn.Linear`` from D to D.
+        embed_positions: ``nn.Embedding`` of ``learned_positions``; None without.
 
     Raises:
-        ValueError: If ``n_heads`` does not divide ``d_model``, or ``rotary_dim`` or ``dropout`` is out of range.
+        ValueError: If ``n_heads`` does not divide ``d_model``, or ``rotary_dim``, ``learned_positions`` or ``dropout``
+            is out of range.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class CausalSelfAttention(nn.Module):
         n_heads: int,
         *,
         rotary_dim: int = 0,
+        learned_positions: int = 0,
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -55,20 +60,25 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"rotary_dim must be even and between 0 and the head width {head_dim}, got {rotary_dim}")
         if not rotary_base > 0:
             raise ValueError(f"rotary_base must be positive, got {rotary_base}")
+        if learned_positions < 0:
+            raise ValueError(f"learned_positions must be at least 0, got {learned_positions}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
         self.d_model, self.n_heads, self.head_dim = d_model, n_heads, head_dim
         self.rotary_dim, self.rotary_base, self.dropout = rotary_dim, rotary_base, dropout
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+        self.embed_positions = (
+            nn.Embedding(learned_positions, d_model, device=device, dtype=dtype) if learned_positions else None
+        )
 
     def forward(self, u: Tensor, *, position_ids: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Mix the tokens of each sequence.
 
         Args:
             u: Tokens, shape (B, L, D).
-            position_ids: Positions for the rotary embedding, shape (B, L), (1, L) or (L,), integers; None counts
-                from 0. Unused if ``rotary_dim`` is 0.
+            position_ids: Positions for the rotary or learned embedding, shape (B, L), (1, L) or (L,), integers; None
+                counts from 0. Unused without either.
             attend: What to do with the queries, keys (both turned already) and values, each (B, H, L, P); gives the
                 heads' outputs in the same shape. A model plugs in its cache, masks and attention kernels here. None is
                 causal attention over these L tokens with scale 1/sqrt(P).
@@ -77,11 +87,16 @@ class CausalSelfAttention(nn.Module):
             Tokens, shape (B, L, D).
 
         Raises:
-            ValueError: If ``u`` or ``position_ids`` has the wrong shape.
+            ValueError: If ``u`` or ``position_ids`` has the wrong shape, or there are more tokens than learned
+                positions.
         """
         if u.ndim != 3 or u.shape[2] != self.d_model or u.shape[1] == 0:
             raise ValueError(f"u must have shape (B, L, {self.d_model}) with L >= 1, got {tuple(u.shape)}")
         batch, seqlen, _ = u.shape
+        if self.embed_positions is not None:
+            if position_ids is None and seqlen > self.embed_positions.num_embeddings:
+                raise ValueError(f"u has {seqlen} tokens, learned are {self.embed_positions.num_embeddings} positions")
+            u = u + self.embed_positions(self._positions(position_ids, batch, seqlen, u.device))
         heads = project_tokens(self.qkv_proj, u).view(batch, seqlen, 3, self.n_heads, self.head_dim)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, P)
         if self.rotary_dim:
@@ -95,11 +110,16 @@ class CausalSelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
     def _angles(self, position_ids: Tensor | None, batch: int, seqlen: int, q: Tensor) -> Tensor:
+        positions = self._positions(position_ids, batch, seqlen, q.device)
+        return rotary_angles(positions, self.rotary_dim, self.rotary_base, q.dtype)
+
+    @staticmethod
+    def _positions(position_ids: Tensor | None, batch: int, seqlen: int, device: torch.device) -> Tensor:
         if position_ids is None:
-            position_ids = torch.arange(seqlen, device=q.device)
-        elif tuple(position_ids.shape) not in ((batch, seqlen), (1, seqlen), (seqlen,)):
+            return torch.arange(seqlen, device=device)
+        if tuple(position_ids.shape) not in ((batch, seqlen), (1, seqlen), (seqlen,)):
             raise ValueError(
                 f"position_ids must have shape ({batch}, {seqlen}), (1, {seqlen}) or ({seqlen},), "
                 f"got {tuple(position_ids.shape)}"
             )
-        return rotary_angles(position_ids, self.rotary_dim, self.rotary_base, q.dtype)
+        return position_ids
