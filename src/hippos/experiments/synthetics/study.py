@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -267,6 +268,8 @@ def _exhaust(steps: Iterator[int], name: str, report: Progress) -> None:
 
 def _run_side_by_side(cells: Sequence[Cell], out: Path, device: torch.device, report: Progress) -> None:
     """Turn from cell to cell, each of which leaves the device with work until its next test."""
+    # Read when the device is first used: by default eight streams are truly side by side.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     running = {cell.name: _compute(cell, out, device) for cell in cells}
     while running:
         for name, steps in list(running.items()):

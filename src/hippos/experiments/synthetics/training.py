@@ -22,7 +22,7 @@ from hippos.experiments.synthetics.stack import ModelStack
 __all__ = ["CellTraining", "batch_order"]
 
 _SSM_LR = 1e-3
-_TURN_STEPS = 50
+_TURN_STEPS = 10
 # Sequences at a time when testing at other lengths.
 _TEST_TOKENS = 32768
 
