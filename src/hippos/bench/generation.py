@@ -1,0 +1,107 @@
+"""The suite of text generation on a GPU: the engine with a hybrid of 1.3B against Transformers' GPT-2 of that size."""
+
+from __future__ import annotations
+
+from hippos.bench.cases.engine import (
+    DEFAULT,
+    ENGINE,
+    STATIC,
+    EngineSize,
+    RoomSize,
+    StepSize,
+    draw_rates,
+    prepare_engine,
+    prepare_room,
+    prepare_step,
+)
+from hippos.bench.harness import Case, Plan, Suite
+
+H3 = {"preset": "1.3b"}
+PURE = {"preset": "1.3b", "attn_layers": ()}
+# GPT-2's table of positions must reach the last token; heads of 128 as in the hybrid.
+GPT2 = {"n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 33024}
+TINY = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "state_size": 8}
+TINY_GPT2 = {
+    "vocab_size": 256,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+QUICK = {"h3": {**TINY, "attn_layers": (1,)}, "gpt2": TINY_GPT2, "new_tokens": 4, "methods": (ENGINE, DEFAULT)}
+# tokens/s wanted, and times the tokens/s of GPT-2 with static cache and compiled, and with its default cache
+WANTED = {512: (17000, 2.0, 20.0), 1024: (13000, 2.3, 20.0), 1536: (10500, 2.6, 20.0)}
+
+PROMPTS = Case(
+    name="generate_prompts",
+    title="128 tokens behind 64 prompts, prefill included",
+    sizes=tuple(
+        EngineSize(n, 64, H3, GPT2, at_least={STATIC: static, DEFAULT: default}, tokens_per_s=rate)
+        for n, (rate, static, default) in WANTED.items()
+    ),
+    quick_sizes=(EngineSize(16, 2, **QUICK),),
+    prepare=prepare_engine,
+    axis="prompt_len",
+    labels=("prompt_len",),
+    draw=draw_rates,
+    plan=Plan(warmup=1, rounds=3),
+)
+
+STEPS = Case(
+    name="decode_step_gpu",
+    title="One decode step of the engine",
+    sizes=(
+        StepSize("hybrid 1.3B", 64, (1536,), H3, at_most_ms=2.6),
+        StepSize("hybrid 1.3B", 1, (1536,), H3, share=0.65),
+        StepSize("pure 1.3B", 1, (1_000, 100_000), PURE, tolerance=0.03),
+    ),
+    quick_sizes=(StepSize("tiny", 2, (8, 32), TINY, tolerance=0.03), StepSize("tiny", 1, (8,), TINY, share=0.65)),
+    prepare=prepare_step,
+    labels=("model", "batch", "positions"),
+    plan=Plan(warmup=2, rounds=11),
+)
+
+ROOM = Case(
+    name="largest_batch",
+    title="As many texts of 8,192 tokens as fit",
+    sizes=(RoomSize(8192, H3, GPT2),),
+    quick_sizes=(RoomSize(64, {**TINY, "attn_layers": (1,)}, TINY_GPT2, most=8),),
+    prepare=prepare_room,
+    labels=("context",),
+    plan=Plan(warmup=1, rounds=5),
+)
+
+LENGTHS = Case(
+    name="generate_lengths",
+    title="128 tokens behind 8 prompts of a length",
+    sizes=tuple(
+        EngineSize(n, 8, H3, GPT2, methods=(ENGINE, DEFAULT)) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    ),
+    quick_sizes=tuple(EngineSize(n, 2, **QUICK) for n in (8, 16)),
+    prepare=prepare_engine,
+    axis="prompt_len",
+    labels=("prompt_len",),
+    draw=draw_rates,
+    plan=Plan(warmup=1, rounds=3),
+)
+
+BATCHES = Case(
+    name="generate_batches",
+    title="128 tokens behind prompts of 512 tokens, by their number",
+    sizes=tuple(EngineSize(512, n, H3, GPT2, methods=(ENGINE, DEFAULT)) for n in (1, 4, 16, 64, 256)),
+    quick_sizes=tuple(EngineSize(8, n, **QUICK) for n in (1, 2)),
+    prepare=prepare_engine,
+    axis="batch",
+    labels=("batch",),
+    draw=draw_rates,
+    plan=Plan(warmup=1, rounds=3),
+)
+
+SUITE = Suite(
+    name="generation",
+    title="Text generation on a GPU",
+    cases=(PROMPTS, STEPS, ROOM, LENGTHS, BATCHES),
+    device="cuda",
+)

@@ -1,0 +1,59 @@
+"""The cases of the suite "generation", small and on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hippos.bench.cases.engine import ENGINE, STEP, WHOLE, engine_error, prepare_engine, prepare_room, prepare_step
+from hippos.bench.generation import BATCHES, PROMPTS, QUICK, ROOM, STEPS
+from hippos.bench.harness import Clock, Context
+
+CPU = Context(torch.device("cpu"), is_quick=True)
+
+
+@pytest.fixture
+def clock():
+    return Clock(torch.device("cpu"))
+
+
+def test_whole_generations(clock):
+    size = replace(PROMPTS.quick_sizes[0], dtype="float32", at_least=dict.fromkeys(QUICK["methods"][1:], 2.0))
+    workload = prepare_engine(size, CPU)
+    assert workload.check()[ENGINE] < 1e-4
+    for method in workload.methods.values():
+        assert method(clock)[WHOLE] > 0
+    assert workload.goals[0].at_least == 2.0
+    assert workload.baseline == QUICK["methods"][1]
+
+
+def test_steps_at_positions(clock):
+    flat, single = (prepare_step(replace(size, dtype="float32"), CPU) for size in STEPS.quick_sizes)
+    assert [goal.at_most for goal in flat.goals] == [1.03]
+    assert [goal.at_least for goal in single.goals] == [0.65]
+    for workload in (flat, single):
+        assert all(error < 1e-4 for error in workload.check().values())
+        assert all(method(clock)[STEP] > 0 for method in workload.methods.values())
+
+
+def test_room(clock):
+    workload = prepare_room(replace(ROOM.quick_sizes[0], dtype="float32"), CPU)
+    (method,) = workload.methods.values()
+    assert method(clock)[STEP] > 0
+    texts, size, rows, ratio = workload.findings({})
+    assert texts.value == 8
+    assert ratio.value == pytest.approx(8 / rows.value)
+    assert size.unit == "MiB"
+
+
+def test_a_wrong_engine_is_noticed(monkeypatch):
+    from hippos.bench.cases.language_models import build_h3
+    from hippos.generate.h3_decoder import H3Decoder
+
+    model = build_h3(BATCHES.quick_sizes[0].h3, dtype="float32")
+    assert engine_error(model, CPU, prompt_len=16) < 1e-4
+    advance = H3Decoder.advance
+    monkeypatch.setattr(H3Decoder, "advance", lambda self, tokens: advance(self, tokens * 0))
+    assert engine_error(model, CPU, prompt_len=16) > 1e-2
