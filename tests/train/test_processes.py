@@ -163,6 +163,36 @@ def test_ssm_parameters_are_float32_under_fsdp_in_bfloat16(tiny: TrainConfig, tm
     assert 3 < loss < 5
 
 
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shared_sequences_give_the_losses_of_one_process(
+    still: TrainConfig, alone: Path, tmp_path: Path, world_size: int
+) -> None:
+    config = apply_settings(still, ["context_parallel=2", "micro_batch_size=1"])
+    workers.train_together(config, tmp_path / "run", world_size=world_size)
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        (["context_parallel=2"], 3, r"context_parallel 2 must divide the number of processes, 3, and data\.seqlen, 24"),
+        (["context_parallel=2", "seqlen=25"], 2, r"and data\.seqlen, 25"),
+        (["context_parallel=2"], 6, "must be a multiple of the 6 processes in 3 groups of 2 that share it"),
+    ],
+)
+def test_sequences_that_cannot_be_shared(
+    tiny: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    world_size: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: cls(0, world_size)))
+    with pytest.raises(ConfigError, match=message):
+        train(apply_settings(tiny, settings), tmp_path / "run", progress=QUIET)
+
+
 def test_world_size_must_divide_the_batch(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "join", classmethod(lambda cls: cls(0, 3)))
     with pytest.raises(ConfigError, match=r"optim\.batch_size 4 must be a multiple of the 3 processes that share it"):

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hippos.layers import CausalSelfAttention
 from hippos.models.configuration_h3 import H3Config
+from hippos.models.context import attend_in_context
 from hippos.models.layout import TokenLayout
 
 
@@ -54,6 +55,9 @@ class CachedSelfAttention(CausalSelfAttention):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             nonlocal weights
+            if layout.context is not None:
+                dropout = self.dropout if self.training else 0.0
+                return attend_in_context(q, k, v, layout.context, dropout=dropout, scaling=self.head_dim**-0.5)
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, self.layer_idx)
             o, weights = attention(

@@ -15,6 +15,7 @@ from hippos.layers import H3, MLP, SSMLayer
 from hippos.models.attention import CachedSelfAttention
 from hippos.models.cache import SSMCacheLayer
 from hippos.models.configuration_h3 import ATTENTION, H3Config
+from hippos.models.context import mix_in_context
 from hippos.models.layout import TokenLayout
 from hippos.models.mixers import make_mixer
 from hippos.ops import H3State
@@ -76,6 +77,8 @@ def mix_ssm(mixer: H3 | SSMLayer, u: Tensor, layout: TokenLayout, cached: SSMCac
     Returns:
         Tokens, shape (B, L, D).
     """
+    if layout.context is not None:
+        return mix_in_context(mixer, u, layout.context)
     if layout.cu_seqlens is not None:
         packed = u.reshape(1, -1, u.shape[-1])  # (1, B * L, D)
         return mixer(packed, cu_seqlens=layout.cu_seqlens).view_as(u)

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from hippos.models.configuration_h3 import ATTENTION, LINEAR, H3Config
+from hippos.models.context import ContextPart
 
 
 class TokenLayout(NamedTuple):
@@ -24,12 +25,14 @@ class TokenLayout(NamedTuple):
             row is one text.
         position_ids: Positions for rotary attention or learned embeddings, shape (B, L) or (1, L); None without them.
         attention_mask: The mask as the model's attention implementation takes it.
+        context: This process's part, where the sequences are split over processes.
     """
 
     real: Tensor | None
     cu_seqlens: Tensor | None
     position_ids: Tensor | None
     attention_mask: Any
+    context: ContextPart | None = None
 
 
 class Padding(NamedTuple):

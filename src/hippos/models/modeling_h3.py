@@ -19,6 +19,7 @@ from hippos.models.attention import CachedSelfAttention
 from hippos.models.block import H3Block
 from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
+from hippos.models.context import ContextPart
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
 from hippos.models.loss import chunked_next_token_loss, next_token_loss
 from hippos.models.tokens import check_positions, check_tokens, check_vocabulary
@@ -137,6 +138,7 @@ class H3Model(H3PreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        context_group: Any = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Read texts.
 
@@ -162,6 +164,8 @@ class H3Model(H3PreTrainedModel):
             cu_seq_lens_k: The same again, as data collators give it; not read.
             max_length_q: Length of the longest document; not read.
             max_length_k: The same again; not read.
+            context_group: Processes of torch.distributed that share each sequence; this one has the part that its rank
+                in the group says, all of one length (`hippos.models.context`).
 
         Returns:
             Hidden states, shape (B, L, D), and what was asked for.
@@ -175,6 +179,15 @@ class H3Model(H3PreTrainedModel):
             adopt(past_key_values, self.config)
             check_batch(past_key_values, tokens.shape[0])
         padding = read_padding(attention_mask, tokens, past_key_values)
+        context = None
+        if context_group is not None:
+            context = ContextPart.of(context_group)
+            others = (attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q)
+            if use_cache or output_attentions or any(other is not None for other in others):
+                raise ValueError("context_group goes with no mask, positions, packed documents, weights or cache")
+            use_cache = False
+            start = context.rank * tokens.shape[1]
+            position_ids = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
         packing = (position_ids, seq_idx, cu_seq_lens_q)
         if padding.real is not None or past_key_values is not None:
             if seq_idx is not None or cu_seq_lens_q is not None:
@@ -189,6 +202,7 @@ class H3Model(H3PreTrainedModel):
         layout = lay_out(
             self.config, hidden_states, attention_mask, position_ids, past_key_values, padding.real, cu_seqlens
         )
+        layout = layout._replace(context=context)
         if self.embed_positions is not None:
             positions = cast(Tensor, layout.position_ids)
             check_positions(positions, self.config.learned_positions)
@@ -272,6 +286,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk_tokens: int | None = None,
+        context_group: Any = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict the next token of texts; what is not listed is as in `H3Model.forward`.
@@ -298,6 +313,8 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             num_items_in_batch: The loss is the sum over tokens divided by this, instead of the mean.
             loss_chunk_tokens: Compute the loss for so many tokens at a time, so that the logits never exist whole (and
                 are None in the output); 0 for all at once. None: ``config.loss_chunk_tokens``.
+            context_group: Processes that share each sequence. Pass ``shift_labels`` too: the target of a part's last
+                token is in the next part (`hippos.models.context.split_context` makes the arguments).
             **loss_kwargs: For the model's ``loss_function``.
 
         Returns:
@@ -322,6 +339,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             return_dict=True,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
+            context_group=context_group,
         )
         hidden_states = output.last_hidden_state
         if isinstance(logits_to_keep, int):

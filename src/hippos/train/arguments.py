@@ -40,7 +40,7 @@ def training_arguments(config: TrainConfig, run: Path, processes: Processes) -> 
         output_dir=str(run),
         max_steps=optim.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=optim.batch_size // processes.world_size // micro,
+        gradient_accumulation_steps=optim.batch_size * config.run.context_parallel // processes.world_size // micro,
         learning_rate=optim.learning_rate,
         max_grad_norm=optim.clip_norm,
         seed=optim.seed,
@@ -66,22 +66,27 @@ def training_arguments(config: TrainConfig, run: Path, processes: Processes) -> 
 
 
 def micro_batch_size(config: TrainConfig, world_size: int) -> int:
-    """Sequences that a process holds at once.
+    """Sequences that a process (or those that share a sequence) holds at once.
 
     Raises:
-        ConfigError: If the processes cannot share the batch out, or a package is missing.
+        ConfigError: If the processes cannot share the batch out.
     """
-    optim = config.optim
-    share, rest = divmod(optim.batch_size, world_size)
-    if rest:
+    optim, context = config.optim, config.run.context_parallel
+    if world_size % context or config.data.seqlen % context:
         raise ConfigError(
-            f"optim.batch_size {optim.batch_size} must be a multiple of the {world_size} processes that share it"
+            f"run.context_parallel {context} must divide the number of processes, {world_size}, and data.seqlen, "
+            f"{config.data.seqlen}"
         )
+    n_shares = world_size // context
+    share, rest = divmod(optim.batch_size, n_shares)
+    if rest:
+        who = f"{world_size} processes" + (f" in {n_shares} groups of {context}" if context > 1 else "")
+        raise ConfigError(f"optim.batch_size {optim.batch_size} must be a multiple of the {who} that share it")
     micro = optim.micro_batch_size or share
     if share % micro:
         raise ConfigError(
             f"optim.micro_batch_size {micro} must divide a process's share of optim.batch_size, {share} "
-            f"(= {optim.batch_size} / {world_size} processes)"
+            f"(= {optim.batch_size} / {n_shares})"
         )
     return micro
 

@@ -171,6 +171,7 @@ class RunConfig:
         tensorboard: Write a TensorBoard log beside ``metrics.jsonl``.
         wandb: Report to Weights & Biases too, through Transformers (its own settings come from WANDB_* variables).
         parallel: With several processes: "ddp", each holds the whole model, or "fsdp", they share it out (FSDP2).
+        context_parallel: Processes that share each sequence, for sequences too long for one.
         activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
         compile: Compile the model with torch.compile.
         deterministic: On CUDA, use only algorithms that repeat bit for bit.
@@ -188,6 +189,7 @@ class RunConfig:
     tensorboard: bool = True
     wandb: bool = False
     parallel: Parallel = "ddp"
+    context_parallel: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
     deterministic: bool = True
@@ -196,8 +198,8 @@ class RunConfig:
     sample_tokens: int = 200
 
     def __post_init__(self) -> None:
-        counts = ("log_steps", "eval_steps", "eval_batch_size", "save_steps", "keep_checkpoints", "sample_tokens")
-        for name in counts:
+        intervals = ("log_steps", "eval_steps", "save_steps")
+        for name in (*intervals, "eval_batch_size", "keep_checkpoints", "sample_tokens", "context_parallel"):
             _check(getattr(self, name) >= 1, f"run.{name}", "at least 1", self)
         _check(self.parallel in get_args(Parallel), "run.parallel", f"one of {', '.join(get_args(Parallel))}", self)
         _check(self.eval_tokens is None or self.eval_tokens >= 2, "run.eval_tokens", "at least 2, or none", self)
@@ -220,6 +222,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.run.context_parallel > 1 and self.data.reset_at_documents:
+            raise ConfigError(
+                "run.context_parallel goes with data.reset_at_documents=false: packed documents stay whole"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able data, defaults included."""

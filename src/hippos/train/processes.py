@@ -94,6 +94,11 @@ class Processes:
         dist.all_gather_object(values, value, group=self.waiting)
         return values
 
+    def context_group(self, size: int) -> Any:
+        """The processes that share this one's sequences, ``size`` neighbours; called by all processes."""
+        groups = [dist.new_group(range(start, start + size)) for start in range(0, self.world_size, size)]
+        return groups[self.rank // size]
+
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if not self.is_alone:

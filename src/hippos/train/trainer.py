@@ -26,6 +26,7 @@ from hippos.data import BlockOrder, PackedTokens, StepBatches, TokenBlocks, coll
 from hippos.errors import TrainingError
 from hippos.evaluate import score_packed
 from hippos.layers import param_groups
+from hippos.models.context import ContextPart, split_context
 from hippos.train.arguments import checkpoint_activations, seed_process, training_arguments
 from hippos.train.checkpoints import (
     checkpoint_path,
@@ -101,6 +102,10 @@ class RunTrainer(Trainer):
         self.stop = stop
         self.processes = processes
         self.first_step = first_step
+        self._context_size = config.run.context_parallel
+        self._context: ContextPart | None = None
+        if self._context_size > 1:
+            self._context = ContextPart.of(processes.context_group(self._context_size))
         self._clock = StepClock()
         self._window = LossWindow()
         self._step_loss: Tensor | float = 0.0
@@ -143,8 +148,8 @@ class RunTrainer(Trainer):
             order,
             optim.batch_size,
             self.args.per_device_train_batch_size,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
+            rank=self.processes.rank // self._context_size,
+            world_size=self.processes.world_size // self._context_size,
             first_step=self.first_step,
         )
         return DataLoader(
@@ -194,16 +199,15 @@ class RunTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean nll of the targets, nats per token."""
+        """Mean nll of the targets, nats per token; of a shared sequence what makes this the mean over processes."""
         targets = inputs.pop("targets")
-        outputs = model(
-            **inputs,
-            labels=targets,
-            shift_labels=targets,
-            loss_chunk_tokens=self.config.optim.loss_chunk_tokens,
-            use_cache=False,
-        )
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        if self._context is None:
+            inputs |= {"labels": targets, "shift_labels": targets}
+        else:
+            inputs = split_context(inputs["input_ids"], targets, self._context)
+        outputs = model(**inputs, loss_chunk_tokens=self.config.optim.loss_chunk_tokens, use_cache=False)
+        loss = outputs.loss * self._context_size if self._context is not None else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro batch; adds up the loss of the step."""
