@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hippos.bench.cases.engine import (
     DEFAULT,
     ENGINE,
@@ -30,7 +32,12 @@ TINY_GPT2 = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-QUICK = {"h3": {**TINY, "attn_layers": (1,)}, "gpt2": TINY_GPT2, "new_tokens": 4, "methods": (ENGINE, DEFAULT)}
+QUICK: dict[str, Any] = {
+    "h3": {**TINY, "attn_layers": (1,)},
+    "gpt2": TINY_GPT2,
+    "new_tokens": 4,
+    "methods": (ENGINE, DEFAULT),
+}
 # tokens/s wanted, and times the tokens/s of GPT-2 with static cache and compiled, and with its default cache
 WANTED = {512: (17000, 2.0, 20.0), 1024: (13000, 2.3, 20.0), 1536: (10500, 2.6, 20.0)}
 

@@ -34,6 +34,7 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
     ] = "auto",
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; needs torchao.")] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -56,7 +57,7 @@ def evaluate(
 
     quiet_transformers()
     corpus = open_corpus(text)
-    opened, its_tokenizer = load_text_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    opened, its_tokenizer = load_text_model(model, tokenizer=tokenizer, dtype=dtype, device=device, int8=int8)
     packed = pack_in_memory(corpus.documents(), its_tokenizer)
     score = _score(opened, packed, window, stride, batch_size)
     if as_json:

@@ -48,6 +48,7 @@ def generate(
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
     ] = "auto",
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; needs torchao.")] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the text.")] = False,
     context: Annotated[
@@ -94,7 +95,7 @@ def generate(
     )
     with _waiting("Opening the model"):
         quiet_transformers()
-        opened = load_text_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
+        opened = load_text_model(model, tokenizer=tokenizer, dtype=dtype, device=device, int8=int8)
     if batch_file is not None and out is not None:
         _answer(Generator(*opened, context=context), batch_file, out, sampling, batch_size, as_json)
         return

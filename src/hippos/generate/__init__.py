@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hippos.generate.batch_file import BatchReport, answer_file
 from hippos.generate.engine import Generated, Generator, generate
+from hippos.generate.int8 import quantise_int8
 from hippos.generate.load import load_text_model
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
@@ -26,6 +27,7 @@ __all__ = [
     "generate_text",
     "load_state",
     "load_text_model",
+    "quantise_int8",
     "save_state",
     "stream_text",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hippos.errors import CheckpointError, TokenizerError, UnsupportedError
+from hippos.generate.int8 import quantise_int8
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -21,6 +22,7 @@ def load_text_model(
     tokenizer: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    int8: bool = False,
 ) -> tuple[Any, Any]:
     """Open a model for writing text.
 
@@ -29,6 +31,7 @@ def load_text_model(
         tokenizer: Folder or hub name of the tokenizer, if the model's folder has none.
         dtype: Of the weights; "auto" keeps that of the checkpoint. SSM parameters of H3 stay float32.
         device: "auto" takes the first CUDA device, or the CPU.
+        int8: Whether the weights become int8, see `quantise_int8`.
 
     Returns:
         The model in evaluation mode on ``device``, and its tokenizer.
@@ -36,7 +39,7 @@ def load_text_model(
     Raises:
         CheckpointError: If there is no such model, or it cannot be opened.
         TokenizerError: If there is no tokenizer.
-        UnsupportedError: If the device is not there.
+        UnsupportedError: If the device is not there, or torchao for int8.
     """
     from transformers import AutoTokenizer
 
@@ -49,7 +52,10 @@ def load_text_model(
         opened = AutoTokenizer.from_pretrained(tokenizer_source)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"no tokenizer can be read from {tokenizer_source}: {_first_line(error)}") from error
-    return _open_model(source, dtype).to(place).eval(), opened
+    model = _open_model(source, dtype).to(place).eval()
+    if int8:
+        quantise_int8(model)
+    return model, opened
 
 
 def _open_model(source: str, dtype: str | torch.dtype) -> Any:

@@ -125,7 +125,10 @@ def model_fingerprint(model: Any) -> str:
     digest.update(json.dumps(choices, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
+        values = parameter.detach()
+        if type(parameter) is not torch.nn.Parameter and hasattr(values, "dequantize"):
+            values = values.dequantize()
+        flat = values.reshape(-1)
         sample = flat[:: max(flat.numel() // _SAMPLES, 1)]
         digest.update(_bytes(sample))
     return digest.hexdigest()
