@@ -45,7 +45,8 @@ def test_names_are_listed(run):
 
 
 def test_a_table_is_computed_shown_and_not_computed_again(run, small, tmp_path):
-    arguments = ["--quick", "--mixer", "h3", "--mixer", "attention", "--jobs", "1", "--device", "cpu"]
+    arguments = ["--quick", "--mixer", "h3", "--mixer", "attention", "--task", "associative_recall_10"]
+    arguments += ["--jobs", "1", "--device", "cpu"]
     done = run(*arguments, "--out", str(tmp_path / "table"))
     assert done.exit_code == 0, done.output
     assert "| H3 |" in done.stdout

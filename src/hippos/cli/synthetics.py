@@ -35,9 +35,12 @@ def synthetics(
     epochs: Annotated[
         int | None, typer.Option(metavar="N", help="Passes over the data.", show_default="the published recipe's")
     ] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Train on the answers alone, for 12 epochs: a recipe of our own.")
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the results.", show_default="runs/synthetics[-quick]"),
+        typer.Option(metavar="DIR", help="Folder of the results.", show_default="runs/synthetics[-quick|-answers]"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="cuda|cpu", help="Where to train.", show_default="cuda if there is one")
@@ -63,8 +66,9 @@ def synthetics(
     if list_names:
         _list_names(quick)
         return
-    study = make_study(mixers=mixer, tasks=task, seeds=seeds, quick=quick, epochs=epochs)
-    folder = out or Path("runs") / ("synthetics-quick" if quick else "synthetics")
+    study = make_study(mixers=mixer, tasks=task, seeds=seeds, quick=quick, epochs=epochs, answers_only=answers)
+    kind = ("-quick" if quick else "") + ("-answers" if answers else "")
+    folder = out or Path("runs") / f"synthetics{kind}"
     quiet_transformers()
     with _progress(study, is_quiet=as_json) as progress:
         results = run_study(study, folder, device=device, jobs=jobs, progress=progress)

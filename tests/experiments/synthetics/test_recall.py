@@ -8,7 +8,7 @@ from hippos.layers import H3
 
 
 @pytest.mark.parametrize("shift", ["learned", "none"])
-def test_weights_are_how_values_reach_outputs(shift, generator):
+def test_weights_are_what_values_add_to_outputs(shift, generator):
     torch.manual_seed(0)
     layer = H3(4, d_state=6, shift=shift).double()
     u = torch.randn(1, 7, 4, generator=generator, dtype=torch.float64)
@@ -23,7 +23,8 @@ def test_weights_are_how_values_reach_outputs(shift, generator):
 
     jacobian = torch.autograd.functional.jacobian(outputs, torch.zeros(1, 7, 4, dtype=torch.float64))[:, :, 0]
     by_channel = torch.stack([jacobian[:, channel, :, channel] for channel in range(4)])  # (D, t, s)
-    expected = by_channel.square().mean(0).sqrt()
+    v = layer.v_proj(u)[0].T  # (D, s)
+    expected = torch.einsum("dts,ds,ed->ets", by_channel, v, layer.out_proj.weight).norm(dim=0)
     torch.testing.assert_close(recall_weights(layer, u)[0], expected, rtol=1e-9, atol=1e-12)
 
 

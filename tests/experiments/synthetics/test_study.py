@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hippos.data.synthetic import AssociativeRecall
+from hippos.data.synthetic import IGNORED, AssociativeRecall
 from hippos.errors import ConfigError
 from hippos.experiments.synthetics import (
     ModelSize,
@@ -148,6 +148,19 @@ def test_the_last_batch_counts_what_it_holds():
     training._step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(training.stack.parameters[name][0], parameter, rtol=1e-4, atol=2e-6)
+
+
+def test_a_loss_on_the_answers_counts_nothing_else():
+    task = replace(TASK, training=replace(TASK.training, answers_only=True))
+    training = CellTraining("attention", task, (0,), STUDY.size, torch.device("cpu"))
+    targets = training._train[1]
+    assert (targets[:, :-1] == IGNORED).all()
+    assert torch.equal(
+        targets[:, -1], CellTraining("attention", TASK, (0,), STUDY.size, torch.device("cpu"))._train[1][:, -1]
+    )
+    list(training.advance())
+    assert make_study(answers_only=True).tasks[0].training.answers_only
+    assert make_study(answers_only=True, epochs=24).tasks[0].training.warmup_epochs == 2
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ __all__ = ["draw_accuracy", "draw_recall", "write_figures"]
 
 Results = Mapping[str, Mapping[str, Any]]
 
+_MAPPED_TASKS = ("induction_head", "associative_recall_10")
+"""Short enough for a map to be read."""
+
 
 def write_figures(results: Results, out: Path) -> list[Path]:
     """Draw what there are results for: ``accuracy.png``, and ``recall-<mixer>.png`` for H3 layers.
@@ -29,11 +32,11 @@ def write_figures(results: Results, out: Path) -> list[Path]:
         The files.
     """
     paths = [draw_accuracy(results, out / "accuracy.png")]
-    drawn = set()
-    for name, result in results.items():
-        if result["recall"] and result["mixer"] not in drawn and result["task"].startswith("associative"):
-            drawn.add(result["mixer"])
-            paths.append(draw_recall(results[name], out / f"recall-{result['mixer']}.png"))
+    for mixer in in_order(results)[0]:
+        cells = [results.get(f"{task}-{mixer}") for task in _MAPPED_TASKS]
+        shown = [cell for cell in cells if cell is not None and cell["recall"]]
+        if shown:
+            paths.append(draw_recall(shown, out / f"recall-{mixer}.png"))
     return paths
 
 
@@ -98,31 +101,46 @@ def _draw_lengths(axes: Any, rows: list[dict[str, Any]], results: Results, colou
     axes.grid(alpha=0.3)
 
 
-def draw_recall(result: Mapping[str, Any], path: Path) -> Path:
-    """Draw how strongly each earlier token's value reaches each output, in every H3 layer, for one test sequence.
+def draw_recall(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw how much each earlier token adds to each output, in every layer of one H3 model a row, for a test sequence.
 
-    A token's own value is left out: the skip of the SSM brings it, without any memory.
+    Each row of a map is scaled to its largest entry. A token's own value is left out: the skip of the SSM brings it,
+    without any memory. Where the last token should recall from is framed.
     """
     from matplotlib.figure import Figure
 
-    layers = result["recall"]
-    ids = layers[0]["input_ids"]
-    vocabulary = Vocabulary(result["settings"]["task"]["task"]["vocab_size"])
-    tokens = [vocabulary.tokens[token] for token in ids]
-    size = 1.5 + 0.16 * len(ids)
-    figure = Figure(figsize=(size * len(layers), size), dpi=144, layout="constrained")
-    for axes, layer in zip(np.atleast_1d(figure.subplots(1, len(layers))), layers, strict=True):
-        weights = np.tril(np.array(layer["weights"]), -1)
-        weights = weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-12)
-        weights[np.triu_indices(len(ids))] = np.nan
-        image = axes.imshow(weights, cmap="magma", vmin=0, vmax=1)
-        axes.set_xticks(range(len(ids)), tokens, fontsize=6)
-        axes.set_yticks(range(len(ids)), tokens, fontsize=6)
-        axes.set_xlabel("token whose value is recalled")
-        axes.set_title(f"layer {layer['layer']}", fontsize=9)
-    figure.axes[0].set_ylabel("token that recalls")
-    figure.colorbar(image, ax=figure.axes, shrink=0.7, label="weight; the largest of a row is 1")
-    title = f"{MIXERS[result['mixer']].title}: {TASKS[result['task']].title}"
-    figure.suptitle(title, fontsize=10)
+    n_layers = max(len(result["recall"]) for result in results)
+    figure = Figure(figsize=(5.2 * n_layers + 1, 5.2 * len(results)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(results), n_layers, squeeze=False)
+    for result, row in zip(results, panels, strict=True):
+        for axes, layer in zip(row, result["recall"], strict=False):
+            image = _draw_map(axes, result, layer)
+        row[0].set_ylabel("token that recalls")
+    figure.colorbar(image, ax=panels, shrink=0.5, label="share of the output; the largest of a row is 1")
     figure.savefig(path)
     return path
+
+
+def _draw_map(axes: Any, result: Mapping[str, Any], layer: Mapping[str, Any]) -> Any:
+    from matplotlib.patches import Rectangle
+
+    ids = layer["input_ids"]
+    vocabulary = Vocabulary(result["settings"]["task"]["task"]["vocab_size"])
+    tokens = [vocabulary.tokens[token] for token in ids]
+    weights = np.tril(np.array(layer["weights"]), -1)
+    weights = weights / np.maximum(weights.max(axis=1, keepdims=True), 1e-12)
+    weights[np.triu_indices(len(ids))] = np.nan
+    image = axes.imshow(weights, cmap="magma", vmin=0, vmax=1)
+    places = [place for place in range(1, len(ids)) if ids[place - 1] == ids[-1]]
+    for place in places:
+        axes.add_patch(
+            Rectangle((place - 0.5, len(ids) - 1.5), 1, 1, fill=False, edgecolor="tab:cyan", linewidth=2, zorder=3)
+        )
+    axes.set_xticks(range(len(ids)), tokens, fontsize=6)
+    axes.set_yticks(range(len(ids)), tokens, fontsize=6)
+    axes.set_xlabel("token whose value is recalled; framed: what followed the last token before")
+    axes.xaxis.label.set_fontsize(8)
+    axes.set_title(
+        f"{MIXERS[result['mixer']].title}, {TASKS[result['task']].title}: layer {layer['layer']}", fontsize=9
+    )
+    return image

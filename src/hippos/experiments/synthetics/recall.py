@@ -1,4 +1,4 @@
-"""What an H3 layer recalls: how much each token's value reaches each output."""
+"""What an H3 layer recalls: how much each token's value adds to each output."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["recall_map", "recall_weights"]
 
 @torch.no_grad()
 def recall_weights(layer: H3, u: Tensor) -> Tensor:
-    """How strongly the value of token s enters output t, before the output projection.
+    """How strongly token s is recalled at token t: the length of what its value adds to the layer's output there.
 
-    Output t of channel c is ``sum_s W[c, t, s] v[c, s]`` with ``W[c, t, s] = q[c, t] (K[c, t - s] + d[c] [t = s])
-    k'[c, s]``: attention without a softmax, of a rank that grows with the SSM's state. Given is the root mean
-    square of W over the channels.
+    Before the output projection, output t of channel c is ``sum_s W[c, t, s] v[c, s]`` with ``W[c, t, s] = q[c, t]
+    (K[c, t - s] + d[c] [t = s]) k'[c, s]``: attention without a softmax, a table for each channel. Given is the norm of
+    the term of s, projected.
 
     Args:
         layer: A layer with head_dim 1 and gates.
@@ -33,10 +33,10 @@ def recall_weights(layer: H3, u: Tensor) -> Tensor:
     Source:
         Fu et al. 2023 (arXiv:2212.14052), section 3.2: the multiplicative interaction compares, the SSMs remember.
     """
-    if layer.head_dim != 1 or layer.q_proj is None:
+    if layer.head_dim != 1 or layer.q_proj is None or layer.v_proj is None:
         raise ValueError(f"recall_weights needs a layer with gates and head_dim 1, got head_dim {layer.head_dim}")
     seqlen = u.shape[1]
-    q, k = layer.q_proj(u).transpose(1, 2), layer.k_proj(u).transpose(1, 2)  # (B, D, L)
+    q, k, v = (project(u).transpose(1, 2) for project in (layer.q_proj, layer.k_proj, layer.v_proj))  # (B, D, L)
     if layer.shift is not None:
         taps, skip = layer.shift()
         taps = torch.cat((taps[:, :1] + skip.unsqueeze(-1), taps[:, 1:]), dim=-1)
@@ -48,8 +48,8 @@ def recall_weights(layer: H3, u: Tensor) -> Tensor:
     step = torch.arange(seqlen, device=u.device)
     delay = step.unsqueeze(1) - step  # (t, s)
     reach = torch.where(delay >= 0, filters[:, delay.clamp(min=0)], 0.0)  # (D, L, L)
-    weights = q.unsqueeze(-1) * reach * k.unsqueeze(-2)  # (B, D, t, s)
-    return weights.square().mean(1).sqrt()
+    terms = q.unsqueeze(-1) * reach * (k * v).unsqueeze(-2)  # (B, D, t, s)
+    return torch.einsum("bdts,ed->bets", terms, layer.out_proj.weight).norm(dim=1)
 
 
 def recall_map(model: H3ForCausalLM, input_ids: Tensor) -> list[dict[str, Any]]:

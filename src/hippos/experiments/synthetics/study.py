@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
@@ -17,8 +17,16 @@ import torch
 from hippos.bench.harness.machine import available_cores, describe_machine
 from hippos.errors import ConfigError
 from hippos.experiments.synthetics.models import MIXERS, PUBLISHED, QUICK_SIZE, ModelSize, find_mixer
+from hippos.experiments.synthetics.recipes import (
+    ANSWERS,
+    QUICK_MIXERS,
+    QUICK_TASKS,
+    TASKS,
+    TableTask,
+    find_task,
+    with_training,
+)
 from hippos.experiments.synthetics.recipes import PUBLISHED as PUBLISHED_TASKS
-from hippos.experiments.synthetics.recipes import QUICK_MIXERS, QUICK_TASKS, TASKS, TableTask, find_task
 from hippos.experiments.synthetics.training import CellTraining
 from hippos.train.checkpoints import write_atomically
 
@@ -110,6 +118,7 @@ def make_study(
     seeds: int | None = None,
     quick: bool = False,
     epochs: int | None = None,
+    answers_only: bool = False,
 ) -> Study:
     """Make the table that a user asks for.
 
@@ -119,19 +128,23 @@ def make_study(
         seeds: How many seeds, counted from 0; None for three, or one of a quick table.
         quick: The quick table's rows, columns and training.
         epochs: Passes over the training set, in place of the recipe's; its warm-up keeps its share.
+        answers_only: Train on the answers alone, see `ANSWERS`; not the published recipe.
 
     Raises:
         ConfigError: If a name is unknown (the message gives the nearest) or a number out of range.
     """
     known = QUICK_TASKS if quick else TASKS
     chosen = [find_task(name, known) for name in tasks or (QUICK_TASKS if quick else PUBLISHED_TASKS)]
+    if answers_only:
+        chosen = [with_training(task, **ANSWERS) for task in chosen]
     if epochs is not None:
         chosen = [_with_epochs(task, epochs) for task in chosen]
     n_seeds = (1 if quick else 3) if seeds is None else seeds
     if n_seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {n_seeds}")
     rows = tuple(mixers or (QUICK_MIXERS if quick else PUBLISHED))
-    return Study(rows, tuple(chosen), tuple(range(n_seeds)), QUICK_SIZE if quick else ModelSize())
+    size = QUICK_SIZE if quick or answers_only else ModelSize()
+    return Study(rows, tuple(chosen), tuple(range(n_seeds)), size)
 
 
 def _with_epochs(task: TableTask, epochs: int) -> TableTask:
@@ -139,7 +152,7 @@ def _with_epochs(task: TableTask, epochs: int) -> TableTask:
         raise ConfigError(f"epochs must be at least 1, got {epochs}")
     training = task.training
     warmup = round(epochs * training.warmup_epochs / training.epochs)
-    return replace(task, training=replace(training, epochs=epochs, warmup_epochs=warmup))
+    return with_training(task, epochs=epochs, warmup_epochs=warmup)
 
 
 def run_study(

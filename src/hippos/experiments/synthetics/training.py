@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class CellTraining:
         training = task.training
         self.stack = ModelStack(model_config(mixer, task.task, size), seeds, device)
         train, test = make_splits(task.task, n_train=task.n_train, n_test=task.n_test, seed=task.data_seed)
+        if training.answers_only:
+            train = replace(train, scores_all=False)
         self._train, self._test = self._tensors(train), self._tensors(test)
         orders = [batch_order(task.n_train, training.batch, training.epochs, seed) for seed in self.seeds]
         self._order = torch.from_numpy(np.stack(orders, axis=1)).to(device)  # (steps, S, batch)
