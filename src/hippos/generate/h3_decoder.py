@@ -13,8 +13,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hippos.generate.fused_step import FusedStep
 from hippos.generate.state import GenerationState, KeyValues
-from hippos.layers import S4
-from hippos.layers.projections import project_tokens
+from hippos.layers import MLP, S4
+from hippos.layers.projections import is_plain_linear, project_tokens
 from hippos.models.attention import CachedSelfAttention
 from hippos.ops import H3State
 from hippos.ops.decode import MOST_ROWS, StepImpl, attention_step
@@ -171,13 +171,17 @@ class H3Decoder:
                 x = x + _mix_chunk(block.mixer, u, layer, chunk)
             if block is body.layers[-1]:  # of its outputs, only the last tokens' are wanted
                 x = x[0, [end - 1 for end in chunk.bounds[1:]]] if chunk.is_packed else x[:, -1]
-            x = x + block.mlp(block.norm2(x))
+            x = x + _map_tokens(block.mlp, block.norm2(x))
         index = torch.tensor(rows, device=ids.device)
         state.hidden.index_copy_(0, index, body.norm(x))
         state.lengths.index_add_(0, index, torch.tensor(lengths, device=ids.device))
-        for row, piece in zip(rows, pieces, strict=True):
-            state.seen[row].index_fill_(0, piece, True)
-            state.n_tokens[row] += piece.shape[0]
+        if chunk.takes_all and not chunk.is_packed:
+            state.seen.scatter_(1, ids, True)
+        else:
+            for row, piece in zip(rows, pieces, strict=True):
+                state.seen[row].index_fill_(0, piece, True)
+        for row, n_new in zip(rows, lengths, strict=True):
+            state.n_tokens[row] += n_new
 
 
 def _attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, lengths: Tensor, n_tokens: list[int]) -> Tensor:
@@ -197,6 +201,17 @@ def _positions(chunk: Chunk, ids: Tensor) -> Tensor:
     """Positions of a chunk's tokens, shape of ``ids``."""
     spans = [torch.arange(start, start + n) for start, n in zip(chunk.starts, chunk.lengths, strict=True)]
     return (torch.cat(spans) if chunk.is_packed else torch.stack(spans)).view(ids.shape).to(ids.device)
+
+
+def _map_tokens(mlp: MLP, u: Tensor) -> Tensor:
+    """The MLP; on a GPU its first product and its GELU are one kernel."""
+    is_plain = is_plain_linear(mlp.fc1) and mlp.fc1.bias is not None
+    if u.device.type != "cuda" or u.dtype not in (torch.bfloat16, torch.float16) or not is_plain:
+        y: Tensor = mlp(u)
+        return y
+    rows = u.reshape(-1, u.shape[-1])
+    inner = torch._addmm_activation(mlp.fc1.bias, rows, mlp.fc1.weight.t(), use_gelu=True)
+    return project_tokens(mlp.fc2, inner).view(u.shape)
 
 
 def _mix_chunk(mixer: Any, u: Tensor, layer: H3State | Tensor, chunk: Chunk) -> Tensor:
@@ -228,13 +243,14 @@ def _taken(layer: H3State | Tensor, chunk: Chunk) -> H3State | Tensor:
 
 
 def _put(layer: H3State | Tensor, after: H3State | Tensor, chunk: Chunk) -> None:
-    index = torch.tensor(chunk.rows, device=_some_tensor(layer).device)
     targets, sources = ((part,) if isinstance(part, Tensor) else tuple(part) for part in (layer, after))
-    for target, source in zip(targets, sources, strict=True):
-        if chunk.takes_all:
+    if chunk.takes_all:
+        for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
-        else:
-            target.index_copy_(0, index, source.to(target.dtype))
+        return
+    index = torch.tensor(chunk.rows, device=_some_tensor(layer).device)
+    for target, source in zip(targets, sources, strict=True):
+        target.index_copy_(0, index, source.to(target.dtype))
 
 
 def _some_tensor(layer: H3State | Tensor) -> Tensor:

@@ -134,12 +134,15 @@ class Sampler:
             Ids below ``n_tokens``, shape (B,), int64; `NOT_FINITE` where the logits of a row are not finite.
         """
         scores = logits[:, : self.n_tokens].float()
-        is_finite = scores.amax(dim=-1).isfinite()  # NaN is greater than any number
+        largest, tokens = scores.max(dim=-1)  # NaN is greater than any number
+        is_finite = largest.isfinite()
         if seen is not None and self.sampling.repetition_penalty != 1:
             penalty = self.sampling.repetition_penalty
             punished = torch.where(scores > 0, scores / penalty, scores * penalty)
             scores = torch.where(seen[:, : self.n_tokens], punished, scores)
-        tokens = scores.argmax(dim=-1) if self.is_greedy else self._draw(scores)
+            tokens = scores.argmax(dim=-1)
+        if not self.is_greedy:
+            tokens = self._draw(scores)
         return tokens.where(is_finite, NOT_FINITE)
 
     def _draw(self, scores: Tensor) -> Tensor:

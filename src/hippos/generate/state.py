@@ -113,10 +113,11 @@ class GenerationState:
         yield "seen", self.seen
 
     def clear(self) -> None:
-        """Go back to before the first token, in place."""
+        """Go back to before the first token, in place; keys and values behind a row's length are never looked at."""
         for layer in self.layers:
-            for part in _parts(layer):
-                part.zero_()
+            if not isinstance(layer, KeyValues):
+                for part in _parts(layer):
+                    part.zero_()
         self.lengths.zero_()
         self.seen.zero_()
         self.ring.zero_()

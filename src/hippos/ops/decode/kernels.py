@@ -199,7 +199,6 @@ def attention_step_kernel(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One query of one head attends to the keys of its text and to its own, which joins the cache.
@@ -232,7 +231,7 @@ def attention_step_kernel(
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
     start = pid_s * span
     stop = tl.minimum(start + span, length)
-    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
+    for t in range(start, stop, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask_t = offs_t < stop
         places = base + offs_t[:, None] * P + offs_p[None, :]

@@ -186,8 +186,7 @@ def attention_step_launch(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
         SPLITS=splits,
         BLOCK_T=32,
         BLOCK_P=block_p,
-        STAGES=1,
-        num_warps=4,
+        num_warps=2,
         **_overlap(q),
     )
     if splits > 1:
