@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from hippos.train.progress import RunProgress, format_seconds, peak_memory_gib
+from hippos.train.memory import peak_memory_gib
+from hippos.train.progress import RunProgress, format_seconds
 
 ROW = {"loss": 3.25, "tokens_per_s": 12345.6}
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hippos.errors import CorpusError, TokenizerError, TrainingError
+from hippos.errors import ConfigError, CorpusError, TokenizerError, TrainingError
 from hippos.train import RunProgress, TrainConfig, TrainResult, apply_settings, train
 from hippos.train.checkpoints import complete_checkpoints, last_checkpoint
 from hippos.train.metrics import read_metrics
@@ -132,6 +132,45 @@ def test_documents_can_be_kept_apart(tiny: TrainConfig, finished: TrainResult, t
     apart, together = losses(result.run), losses(finished.run)
     assert [step for step, _ in apart] == [step for step, _ in together]
     assert all(0.0 < abs(a - b) < 0.5 for (_, a), (_, b) in zip(apart, together, strict=True))
+
+
+def test_batch_that_does_not_fit_says_what_would(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RunTrainer, "compute_loss", full)
+    message = r"2 sequences of 24 tokens do not fit on cpu \(.* GiB .*\)\. What takes less: --set micro_batch_size=1 "
+    with pytest.raises(TrainingError, match=message):
+        train(tiny, tmp_path / "run", progress=QUIET)
+
+
+class TestStreaming:
+    """Text that is encoded while the run goes."""
+
+    @pytest.fixture
+    def streamed(self, tiny: TrainConfig, finished: TrainResult) -> TrainConfig:
+        return apply_settings(tiny, ["streaming=yes", f"tokenizer={finished.run}"])
+
+    def test_stopped_run_goes_on_bit_for_bit(self, streamed: TrainConfig, tmp_path: Path) -> None:
+        train(streamed, tmp_path / "whole", progress=QUIET)
+        train(streamed, tmp_path / "stopped", progress=StopsAt(4, signal.SIGINT))
+        place = json.loads((tmp_path / "stopped" / "checkpoint-5" / "stream.json").read_text())
+        assert len(place["lanes"]) == streamed.optim.batch_size
+        train(None, tmp_path / "stopped", resume=True, progress=QUIET)
+        assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+        assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+    def test_documents_can_be_kept_apart(self, streamed: TrainConfig, tmp_path: Path) -> None:
+        result = train(apply_settings(streamed, ["reset_at_documents=yes", "steps=2"]), tmp_path, progress=QUIET)
+        assert result.step == 2
+
+    def test_what_streaming_cannot_do_is_said(self, tiny: TrainConfig, streamed: TrainConfig) -> None:
+        with pytest.raises(ConfigError, match="streaming needs a tokenizer that is there"):
+            apply_settings(tiny, ["streaming=yes"])
+        with pytest.raises(ConfigError, match="baselines counts a whole text"):
+            apply_settings(streamed, ["baselines=yes"])
 
 
 def test_baselines_and_sample_come_with_the_summary(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def train(
         raise typer.BadParameter("say which run: --out DIR", param_hint="--resume")
     run = out or Path("runs") / (recipe or "small")
     wanted = [*_source_settings(text, validation, tokenizer), *(settings or [])]
+    if text and not resume:
+        wanted.insert(0, "data.streaming=no")  # a recipe may stream its own corpus; --set decides about this one
     config = _config(recipe, wanted, run if resume else None, has_text=bool(text))
     if show_config:
         typer.echo(json.dumps(config.to_dict(), indent=2))

@@ -39,6 +39,16 @@ class TokenBlocks(Dataset[Tensor]):
         self.packed = packed
         self.seqlen = seqlen
 
+    @property
+    def end_id(self) -> int:
+        """Id of the end token."""
+        return self.packed.end_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the corpus and the tokenizer."""
+        return self.packed.fingerprint
+
     def __len__(self) -> int:
         return (self.packed.n_tokens - 1) // self.seqlen
 

@@ -44,10 +44,12 @@ class FileCorpus(Corpus):
     Args:
         name: What messages call it.
         files: The files, in reading order.
+        is_streamed: Whether the files are too large to be read for their fingerprint, which is then of their sizes.
     """
 
     name: str
     files: tuple[Path, ...]
+    is_streamed: bool = False
 
     def documents(self) -> Iterator[str]:
         """Yield the documents of every file; see `hippos.data.read_documents`."""
@@ -57,6 +59,9 @@ class FileCorpus(Corpus):
     def fingerprint(self) -> str:
         """Digest of the files' bytes, in order; independent of where they lie and when they were written."""
         digest = hashlib.sha256()
+        if self.is_streamed:
+            digest.update(repr([(file.name, file.stat().st_size) for file in self.files]).encode())
+            return digest.hexdigest()
         for file in self.files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -71,23 +76,26 @@ class DatasetCorpus(Corpus):
 
     Args:
         name: What messages call it.
-        rows: The loaded split.
+        rows: The loaded split, or one that is streamed.
         column: Its text column.
     """
 
     name: str
-    rows: datasets.Dataset
+    rows: datasets.Dataset | datasets.IterableDataset
     column: str
 
     def documents(self) -> Iterator[str]:
         """Yield the text of every row that has some."""
-        for text in self.rows[self.column]:
+        for row in self.rows.select_columns(self.column):
+            text = row[self.column]
             if text and text.strip() != END_OF_TEXT:
                 yield text
 
     def fingerprint(self) -> str:
         """Digest that the Datasets library keeps of the rows."""
-        return hashlib.sha256(f"{self.rows._fingerprint}:{self.column}".encode()).hexdigest()
+        # Streamed rows are not known before they are read: all there is to tell them by is where they come from.
+        rows = getattr(self.rows, "_fingerprint", None) or f"{self.name}:{self.rows.info.version}"
+        return hashlib.sha256(f"{rows}:{self.column}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,7 @@ def open_corpus(
     suffixes: Sequence[str] = TEXT_SUFFIXES,
     split: str = "train",
     column: str = "text",
+    is_streamed: bool = False,
 ) -> Corpus:
     """Open a corpus by what the user wrote.
 
@@ -177,6 +186,7 @@ def open_corpus(
             ``.gz``.
         split: Split of a Hugging Face data set.
         column: Text column of a Hugging Face data set.
+        is_streamed: Do not load the data set, or read the files, before their documents are asked for.
 
     Raises:
         CorpusError: If a source is missing or empty, holds no file with one of the suffixes, or names a data set that
@@ -190,7 +200,7 @@ def open_corpus(
             from hippos.data.stdlib import stdlib_corpus
 
             return stdlib_corpus()
-        return DatasetCorpus(name, *_load_rows(name, split, column))
+        return DatasetCorpus(name, *_load_rows(name, split, column, is_streamed))
     files: list[Path] = []
     for source in sources:
         path = Path(source)
@@ -200,7 +210,7 @@ def open_corpus(
             files.append(path)
         else:
             raise CorpusError(f"no such file or folder: {path}")
-    return FileCorpus(", ".join(str(source) for source in sources), tuple(files))
+    return FileCorpus(", ".join(str(source) for source in sources), tuple(files), is_streamed)
 
 
 def _is_plain_path(source: str | Path) -> bool:
@@ -233,7 +243,7 @@ def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return found
 
 
-def _load_rows(source: str, split: str, column: str) -> tuple[Any, str]:
+def _load_rows(source: str, split: str, column: str, is_streamed: bool) -> tuple[Any, str]:
     """The rows of a Hugging Face data set, by name or from a folder of its own format, with its text column."""
     try:
         import datasets
@@ -248,12 +258,14 @@ def _load_rows(source: str, split: str, column: str) -> tuple[Any, str]:
             loaded = datasets.load_from_disk(source)
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            rows = datasets.load_dataset(name, configuration or None, split=split)
+            mode = {"streaming": True} if is_streamed else {}
+            rows = datasets.load_dataset(name, configuration or None, split=split, **mode)
     except Exception as error:  # the library raises what its many back ends raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CorpusError(
             f"{source!r} is neither a file nor a folder here, and Hugging Face Datasets cannot load it: {reason}"
         ) from error
-    if column not in rows.column_names:
-        raise CorpusError(f"the data set {source!r} has no column {column!r}, only {', '.join(rows.column_names)}")
+    columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know before its first row
+    if column not in columns:
+        raise CorpusError(f"the data set {source!r} has no column {column!r}, only {', '.join(columns)}")
     return rows, column

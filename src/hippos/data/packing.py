@@ -20,7 +20,7 @@ from hippos.data.corpus import Corpus
 from hippos.data.tokenizer import tokenizer_fingerprint
 from hippos.errors import CorpusError
 
-__all__ = ["PackedTokens", "default_cache", "pack", "pack_in_memory"]
+__all__ = ["PackedTokens", "default_cache", "encode_documents", "pack", "pack_in_memory"]
 
 _FORMAT = 1  # of the stream below; raised when the same documents would be written differently
 _DOCUMENTS_A_CALL = 256
@@ -140,7 +140,7 @@ def pack_in_memory(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast)
     ids = [end_id]
     ends: list[int] = []
     sizes: list[int] = []
-    for document, n_bytes in _encoded(iter(documents), tokenizer):
+    for document, n_bytes in encode_documents(iter(documents), tokenizer):
         ids.extend(document)
         ids.append(end_id)
         ends.append(len(ids))
@@ -163,7 +163,7 @@ def _write(
     sizes: list[int] = []
     with (folder / "tokens.bin").open("wb") as stream:
         stream.write(np.asarray([end_id], dtype).tobytes())
-        for ids, n_bytes in _encoded(corpus.documents(), tokenizer):
+        for ids, n_bytes in encode_documents(corpus.documents(), tokenizer):
             stream.write(np.asarray([*ids, end_id], dtype).tobytes())
             n_tokens += len(ids) + 1
             ends.append(n_tokens)
@@ -188,7 +188,7 @@ def _rename(aside: Path, folder: Path) -> None:
             raise
 
 
-def _encoded(documents: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:
+def encode_documents(documents: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:
     """For each document its ids, special tokens in it encoded as plain text, and its length in UTF-8 bytes."""
     backend = tokenizer.backend_tokenizer
     for texts in _batches(documents):

@@ -30,6 +30,8 @@ class DataConfig:
         column: Its text column.
         tokenizer: A folder, a Hugging Face name, or "bpe:SIZE" to train byte-level BPE on the corpus.
         seqlen: Tokens a sequence.
+        streaming: Encode the text while the run goes, instead of all of it before; for corpora too large to store. The
+            first documents validate, unless a validation text is named.
         reset_at_documents: Start every document from an empty state instead of reading on from the one before.
     """
 
@@ -42,6 +44,7 @@ class DataConfig:
     column: str = "text"
     tokenizer: str = "bpe:8192"
     seqlen: int = 1024
+    streaming: bool = False
     reset_at_documents: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ class DataConfig:
         _check(self.seqlen >= 1, "data.seqlen", "at least 1", self)
         _check(bool(self.suffixes), "data.suffixes", "one ending or more", self)
         _check(bool(self.tokenizer), "data.tokenizer", "a folder, a name, or bpe:SIZE", self)
+        if self.streaming and self.tokenizer.startswith("bpe:"):
+            raise ConfigError("data.streaming needs a tokenizer that is there, as in data.tokenizer=gpt2, not bpe:SIZE")
         if self.tokenizer.startswith("bpe:") and self.trained_vocab_size is None:
             raise ConfigError(f"data.tokenizer must be bpe:SIZE with a whole number, got {self.tokenizer!r}")
 
@@ -228,6 +233,8 @@ class TrainConfig:
             raise ConfigError(
                 "run.context_parallel goes with data.reset_at_documents=false: packed documents stay whole"
             )
+        if self.run.baselines and self.data.streaming:
+            raise ConfigError("run.baselines counts a whole text, which data.streaming never has")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able data, defaults included."""

@@ -44,8 +44,8 @@ __all__ = [
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 _FORMAT = 1
-# These decide nothing about what was computed so far.
-_FREE_AT_RESUME = ("recipe", "run.", "optim.steps")
+# These decide nothing about what was computed so far, nor, but for rounding, about what comes.
+_FREE_AT_RESUME = ("recipe", "run.", "optim.steps", "optim.micro_batch_size")
 
 
 def stored_config(run: Path) -> TrainConfig:
@@ -201,7 +201,7 @@ def _write(run: Path, content: Mapping[str, Any]) -> None:
 
 
 def _fingerprints(data: PreparedData) -> dict[str, str]:
-    return {"training": data.train.fingerprint, "validation": data.validation.fingerprint}
+    return {"training": data.blocks.fingerprint, "validation": data.validation.fingerprint}
 
 
 def _check_same_config(stored: TrainConfig, wanted: TrainConfig, run: Path) -> None:

@@ -13,12 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from hippos.data import (
     Corpus,
     DatasetCorpus,
+    DocumentStream,
     PackedTokens,
     TokenBlocks,
     load_tokenizer,
     open_corpus,
     pack,
     split_corpus,
+    take_head,
     train_tokenizer,
 )
 from hippos.errors import CorpusError
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PreparedData", "make_model", "model_config", "prepare_data"]
 
+_STREAM_EVAL_TOKENS = 500_000
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -37,14 +41,14 @@ class PreparedData:
 
     Args:
         tokenizer: Its tokenizer.
-        blocks: Training sequences.
-        train: All training text.
+        blocks: Training sequences, or the stream that they come from.
+        train: All training text; None if it is streamed.
         validation: The validation text that the run scores.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    blocks: TokenBlocks
-    train: PackedTokens
+    blocks: TokenBlocks | DocumentStream
+    train: PackedTokens | None
     validation: PackedTokens
 
 
@@ -63,6 +67,8 @@ def prepare_data(
         CorpusError: If a corpus is missing, empty, binary, or shorter than one sequence.
         TokenizerError: If the tokenizer is missing.
     """
+    if config.data.streaming:
+        return _prepare_stream(config, run, progress, tokenizer_folder)
     train, validation = _open(config.data)
     if tokenizer_folder is None:
         _make_tokenizer(config.data, train, run, progress)
@@ -77,6 +83,23 @@ def prepare_data(
         f"to train on, {packed_validation.n_tokens:,} to validate; vocabulary {len(tokenizer):,}"
     )
     return PreparedData(tokenizer, blocks, packed, packed_validation)
+
+
+def _prepare_stream(
+    config: TrainConfig, run: Path, progress: RunProgress, tokenizer_folder: Path | None
+) -> PreparedData:
+    """Open corpus and tokenizer, and encode what validates."""
+    data = config.data
+    corpus = open_corpus(data.corpus, suffixes=data.suffixes, split=data.split, column=data.column, is_streamed=True)
+    if tokenizer_folder is None:
+        _make_tokenizer(data, corpus, run, progress)
+    tokenizer = load_tokenizer(tokenizer_folder or run)
+    apart = _validation_corpus(data, corpus, is_streamed=True)
+    with progress.work("Encoding the validation text"):
+        head = take_head(apart or corpus, tokenizer, config.run.eval_tokens or _STREAM_EVAL_TOKENS)
+    stream = DocumentStream(corpus, tokenizer, 0 if apart else head.n_documents)
+    progress.note(f"{corpus.name}: streamed; {head.n_tokens:,} tokens to validate; vocabulary {len(tokenizer):,}")
+    return PreparedData(tokenizer, stream, None, head)
 
 
 def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> H3Config:
@@ -98,12 +121,18 @@ def make_model(config: H3Config, *, seed: int) -> H3ForCausalLM:
 def _open(data: DataConfig) -> tuple[Corpus, Corpus]:
     """The training and the validation corpus."""
     corpus = open_corpus(data.corpus, suffixes=data.suffixes, split=data.split, column=data.column)
+    apart = _validation_corpus(data, corpus)
+    return split_corpus(corpus, data.validation_fraction) if apart is None else (corpus, apart)
+
+
+def _validation_corpus(data: DataConfig, corpus: Corpus, *, is_streamed: bool = False) -> Corpus | None:
+    """The corpus named for validation, or None."""
+    split = data.validation_split or data.split
     if data.validation:
-        split = data.validation_split or data.split
-        return corpus, open_corpus(data.validation, suffixes=data.suffixes, split=split, column=data.column)
+        return open_corpus(data.validation, suffixes=data.suffixes, split=split, column=data.column)
     if data.validation_split and isinstance(corpus, DatasetCorpus):
-        return corpus, open_corpus(data.corpus, split=data.validation_split, column=data.column)
-    return split_corpus(corpus, data.validation_fraction)
+        return open_corpus(data.corpus, split=split, column=data.column, is_streamed=is_streamed)
+    return None
 
 
 def _make_tokenizer(data: DataConfig, train: Corpus, run: Path, progress: RunProgress) -> None:

@@ -122,7 +122,11 @@ CORPORA: Mapping[str, Text] = MappingProxyType(
         "pile": Text(
             "the Pile",
             DataConfig(
-                corpus=("monology/pile-uncopyrighted",), validation_split="validation", tokenizer="gpt2", seqlen=2048
+                corpus=("monology/pile-uncopyrighted",),
+                validation_split="validation",
+                tokenizer="gpt2",
+                seqlen=2048,
+                streaming=True,
             ),
             tuple(SIZES),
         ),

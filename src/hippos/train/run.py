@@ -24,6 +24,7 @@ from hippos.train.folder import (
     holds_run,
     read_summary,
     resume_run,
+    stored_config,
     write_data,
     write_summary,
 )
@@ -120,7 +121,12 @@ class _Opened:
 def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, progress: RunProgress) -> _Opened:
     """Claim the run's folder, for a new run or to go on."""
     if resume and (config is None or holds_run(run)):
+        before = stored_config(run).optim.micro_batch_size
         config, checkpoint = resume_run(config, run)
+        if config.optim.micro_batch_size != before:
+            progress.note(
+                "With another micro_batch_size losses go on as they were but for rounding and dropout's draws"
+            )
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
         summary = read_summary(run)
@@ -203,7 +209,7 @@ def _loop(
             first_step=done,
         )
         if checkpoint is not None:
-            trainer.restore_window(checkpoint)
+            trainer.restore(checkpoint)
         with progress.steps(config.optim.steps, done), worker_errors(run, trainer.state, processes):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -233,7 +239,7 @@ def _close(
         "loss": last["loss"],
         "validation": {name: last[f"validation_{name}"] for name in ("nll", "perplexity", "bits_per_byte")},
     }
-    if config.run.baselines:
+    if config.run.baselines and data.train is not None:
         with progress.work("Counting unigrams and trigrams"):
             scores = ngram_scores(data.train, data.validation, len(data.tokenizer))
         summary["baselines"] = {name: {"bits_per_byte": score.bits_per_byte} for name, score in scores.items()}

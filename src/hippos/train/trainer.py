@@ -22,7 +22,18 @@ from transformers import (
     Trainer,
 )
 
-from hippos.data import BlockOrder, PackedTokens, StepBatches, TokenBlocks, collate_blocks, collate_documents
+from hippos.data import (
+    BlockOrder,
+    DocumentStream,
+    PackedTokens,
+    StepBatches,
+    StreamBatches,
+    TokenBlocks,
+    collate_blocks,
+    collate_documents,
+    merge_positions,
+    micro_batch_rows,
+)
 from hippos.errors import TrainingError
 from hippos.evaluate import score_packed
 from hippos.layers import param_groups
@@ -38,9 +49,10 @@ from hippos.train.checkpoints import (
 from hippos.train.config import TrainConfig
 from hippos.train.flops import peak_flops, training_flops_per_token
 from hippos.train.flow import LossWindow, StepClock, StepFlow
+from hippos.train.memory import peak_memory_gib, too_large
 from hippos.train.metrics import MetricsLog
 from hippos.train.processes import Processes
-from hippos.train.progress import RunProgress, peak_memory_gib
+from hippos.train.progress import RunProgress
 from hippos.train.schedule import learning_rate_factor
 from hippos.train.sharding import is_sharded, reshard, shard_model
 from hippos.train.signals import StopRequest
@@ -50,6 +62,7 @@ from hippos.train.storage import storage_error, where_to_go_on
 __all__ = ["RunTrainer"]
 
 _WINDOW_FILE = "window.json"
+_STREAM_FILE = "stream.json"
 
 
 class RunTrainer(Trainer):
@@ -63,7 +76,7 @@ class RunTrainer(Trainer):
         tokenizer: Saved with every checkpoint.
         config: The run's configuration.
         run: The run's folder.
-        blocks: Training sequences.
+        blocks: Training sequences, or the stream that they come from.
         validation: Validation text, or None.
         metrics: Where measurements go; None in all processes but the main one.
         progress: What the user sees.
@@ -86,7 +99,7 @@ class RunTrainer(Trainer):
         tokenizer: PreTrainedTokenizerFast,
         config: TrainConfig,
         run: Path,
-        blocks: TokenBlocks,
+        blocks: TokenBlocks | DocumentStream,
         validation: PackedTokens | None,
         metrics: MetricsLog | None,
         progress: RunProgress,
@@ -96,7 +109,10 @@ class RunTrainer(Trainer):
     ) -> None:
         self.config = config
         self.run = run
+        self.blocks = blocks
         self.validation = validation
+        self._stream: StreamBatches | None = None
+        self._stream_position: dict[str, Any] | None = None
         self.metrics = metrics
         self.progress = progress
         self.stop = stop
@@ -115,7 +131,7 @@ class RunTrainer(Trainer):
         flow = StepFlow(config.run, config.optim.steps, self._clock, lambda: self._wants_stop, progress.step)
         collate = collate_blocks
         if config.data.reset_at_documents:
-            collate = partial(collate_documents, end_id=blocks.packed.end_id)
+            collate = partial(collate_documents, end_id=blocks.end_id)
         arguments = training_arguments(config, run, processes)
         self._peak_flops = peak_flops(arguments.device)
         self._flops_per_token = training_flops_per_token(model, config.data.seqlen)
@@ -126,7 +142,7 @@ class RunTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=blocks,
+            train_dataset=blocks if isinstance(blocks, TokenBlocks) else None,
             data_collator=collate,
             processing_class=tokenizer,
             callbacks=[flow],
@@ -140,25 +156,26 @@ class RunTrainer(Trainer):
             prepare = partial(self.accelerator.prepare_model, device_placement=False, evaluation_mode=True)
             self.accelerator.prepare_model = lambda model, *args, **kwargs: prepare(model)
 
-    def get_train_dataloader(self) -> DataLoader[Tensor]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's blocks from the first step to do on, in an order that only the seed decides."""
         optim = self.config.optim
-        order = BlockOrder(len(self.train_dataset), optim.steps * optim.batch_size, seed=optim.seed)
+        rank, n_shares = self.processes.rank // self._context_size, self.processes.world_size // self._context_size
+        micro = self.args.per_device_train_batch_size
+        common: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "generator": torch.Generator(),  # not the global one, whose state decides dropout
+        }
+        if isinstance(self.blocks, DocumentStream):
+            rows = micro_batch_rows(optim.batch_size, micro, rank=rank, world_size=n_shares)
+            seqlen = self.config.data.seqlen
+            self._stream = StreamBatches(self.blocks, seqlen, optim.batch_size, rows, self._stream_position)
+            return DataLoader(self._stream, batch_size=None, **common)
+        order = BlockOrder(len(self.blocks), optim.steps * optim.batch_size, seed=optim.seed)
         batches = StepBatches(
-            order,
-            optim.batch_size,
-            self.args.per_device_train_batch_size,
-            rank=self.processes.rank // self._context_size,
-            world_size=self.processes.world_size // self._context_size,
-            first_step=self.first_step,
+            order, optim.batch_size, micro, rank=rank, world_size=n_shares, first_step=self.first_step
         )
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-            generator=torch.Generator(),  # not the global one, whose state decides dropout
-        )
+        return DataLoader(self.blocks, batch_sampler=batches, **common)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `hippos.layers.param_groups`."""
@@ -211,7 +228,10 @@ class RunTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro batch; adds up the loss of the step."""
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise too_large(self.config, self.args.per_device_train_batch_size, self.args.device, self.run) from error
         self._step_loss = self._step_loss + loss
         return loss
 
@@ -298,7 +318,7 @@ class RunTrainer(Trainer):
         """Trainer's hook: take the optimiser's states by name; the schedule follows from the step."""
         if checkpoint is None:
             return
-        load_states(self.model, _plain_optimizer(self.optimizer), Path(checkpoint))
+        load_states(self.model, self.optimizer.optimizer, Path(checkpoint))
         scheduler = self.lr_scheduler
         scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         # The rates of the next step are in the optimiser, which was made for step 0.
@@ -321,7 +341,7 @@ class RunTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Trainer's hook: write the optimiser's states by name, and of a sharded model the weights."""
         folder = Path(output_dir)
-        save_states(self.model, _plain_optimizer(self.optimizer), folder, is_main=self.processes.is_main)
+        save_states(self.model, self.optimizer.optimizer, folder, is_main=self.processes.is_main)
         if self.processes.is_main:
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
@@ -335,9 +355,11 @@ class RunTrainer(Trainer):
             self.model.config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
 
-    def restore_window(self, checkpoint: Path) -> None:
-        """Take up the losses since the last row of metrics, which a checkpoint between two rows holds."""
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the losses since the last row of metrics, and the place in a stream, from a checkpoint."""
         self._window = LossWindow(json.loads((checkpoint / _WINDOW_FILE).read_text())["losses"])
+        if isinstance(self.blocks, DocumentStream):
+            self._stream_position = json.loads((checkpoint / _STREAM_FILE).read_text())
 
     def _get_output_dir(self, trial: Any) -> str:
         """Trainer's hook: the folder in which it makes ``checkpoint-<step>``."""
@@ -353,10 +375,15 @@ class RunTrainer(Trainer):
         if is_complete(checkpoint_path(self.run, step)):
             return
         is_main = self.processes.is_main
+        positions = [] if self._stream is None else self.processes.gather(self._stream.position())
         try:
             with writing_checkpoint(self.run, step) if is_main else nullcontext(staged_path(self.run, step)) as folder:
                 self.processes.wait()
-                failed = [error for error in self.processes.gather(self._try_to_write(model, trial, folder)) if error]
+                failed = [
+                    error
+                    for error in self.processes.gather(self._try_to_write(model, trial, folder, positions))
+                    if error
+                ]
                 if failed:
                     raise failed[0]
         except OSError as error:
@@ -364,31 +391,29 @@ class RunTrainer(Trainer):
         if is_main:
             rotate_checkpoints(self.run, self.config.run.keep_checkpoints)
 
-    def _try_to_write(self, model: nn.Module, trial: Any, folder: Path) -> Exception | None:
+    def _try_to_write(
+        self, model: nn.Module, trial: Any, folder: Path, positions: list[dict[str, Any]]
+    ) -> Exception | None:
         """The error with which this process failed to write, for all processes to know."""
         try:
-            self._write_files(model, trial, folder)
+            self._write_files(model, trial, folder, positions)
         except (OSError, TrainingError) as error:
             if self.processes.is_alone:
                 raise
             return error
         return None
 
-    def _write_files(self, model: nn.Module, trial: Any, folder: Path) -> None:
+    def _write_files(self, model: nn.Module, trial: Any, folder: Path, positions: list[dict[str, Any]]) -> None:
         self._saving_to = folder
         try:
             super()._save_checkpoint(model, trial)
             if self.metrics is not None:
                 (folder / _WINDOW_FILE).write_text(json.dumps({"losses": self._window.losses}))
+                if positions:
+                    (folder / _STREAM_FILE).write_text(json.dumps(merge_positions(positions)))
                 self.metrics.sync()
         except (RuntimeError, SafetensorError) as error:
             # torch and safetensors tell of a failed write in exceptions of their own.
             raise storage_error(error, self.run, f"save {folder.name}") from error
         finally:
             self._saving_to = None
-
-
-def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser inside Accelerate's wrapper."""
-    plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return plain
