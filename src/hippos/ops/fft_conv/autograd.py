@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any, NoReturn
 
 import torch
@@ -11,30 +9,24 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.fft_conv.kernel_fallback import backward_without_kernels, none
-from hippos.ops.fft_conv.plan import is_too_long, is_transform, longest, longest_in_one
+from hippos.ops.fft_conv.plan import is_transform, longest, longest_in_one
 from hippos.ops.fft_conv.spectral import fft_conv_torch
+from hippos.ops.kernel_device import is_interpreted, why_not_device
 from hippos.ops.stacking import stack_as_channels
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its programs in its interpreter on the CPU, as the tests without a GPU ask it to."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not_triton(u: Tensor, ssm_filter: Tensor, gates: tuple[Tensor | None, ...], causal: bool) -> str | None:
     """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
-    if u.device.type != "cuda" and not is_interpreted():
-        return f"it needs CUDA tensors, got {u.device.type}"
-    if not HAS_TRITON:
-        return "Triton is not installed"
+    obstacle = why_not_device(u.device)
+    if obstacle is not None:
+        return obstacle
     if any(signal is not None and signal.dtype not in KERNEL_DTYPES for signal in (u, *gates)):
         return "it takes float16, bfloat16 and float32 signals, not float64"
     length = unrolled_length(u, ssm_filter, causal)
-    if is_too_long(length, u.dtype, u.device):
-        limit = longest(u.dtype, u.device)
+    limit = longest(u.dtype, u.device)
+    if length > limit:
         wraps = "" if causal else ", and to wrap around adds K - 1 of them"
         return f"it takes up to {limit} samples in {u.dtype}{wraps}, got {length}"
     return None

@@ -75,7 +75,7 @@ def fft_conv_fwd(inputs: Inputs, causal: bool, *, plan: Plan | None = None, spec
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if batch == 0:
         return y
-    plan = plan or forward_plan(seqlen, u.dtype)
+    plan = plan or forward_plan(seqlen, u.dtype, u.device)
     spectrum = spectrum or make_spectrum(ssm_filter, d, causal, _spectrum_dtype(u), plan)
     gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
     per_program = plan.per_program(n_heads, batch)
@@ -117,7 +117,7 @@ def fft_conv_bwd(
     if batch == 0:
         dfilter = torch.zeros_like(ssm_filter) if wants_filter else none(u)
         return du, dfilter, dfilter[:, 0].clone() if wants_filter and d is not None else none(u), din, dgate
-    plan = plan or backward_plan(seqlen, u.dtype)
+    plan = plan or backward_plan(seqlen, u.dtype, u.device)
     spectrum = make_spectrum(ssm_filter, d, causal, _spectrum_dtype(u), plan)
     # The summands of the filter's gradient stay smaller than the signals.
     per_program = plan.per_program(n_heads, batch, most_splits=-(-batch // 4) if wants_filter else None)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hippos.ops.kernel_device import has_large_shared_memory
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -55,7 +57,7 @@ _BACKWARD = (
     Plan(32, 16, 1, 2, 4224),
     Plan(32, 32, 2, 2, 1056),
     Plan(64, 32, 4, 2, 1056),
-    Plan(64, 64, 8, 1, 1056),
+    Plan(128, 32, 8, 2, 1056),
     Plan(128, 64, 8, 1, 1056),
 )
 # Gradients may err three times as much as float32 rounded to float16, outputs four times.
@@ -70,6 +72,7 @@ _FLOAT32 = tuple(
         (64, 64, 8, 2112),
     )
 )
+_SMALL_ROWS = 64  # of matrices that fit into 99 KB
 
 
 def is_transform(length: int) -> bool:
@@ -77,15 +80,23 @@ def is_transform(length: int) -> bool:
     return length >= _FORWARD[0].n_fft and length & (length - 1) == 0
 
 
-def forward_plan(length: int, dtype: torch.dtype) -> Plan:
-    """The forward kernel's sizes for a sequence of ``length`` samples."""
-    return _first(_FLOAT32 if dtype == torch.float32 else _FORWARD, length)
+def forward_plan(length: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The forward kernel's sizes for a sequence of ``length`` samples, at most `longest_in_one`."""
+    return _fit(_FLOAT32 if dtype == torch.float32 else _FORWARD, length, device)
 
 
-def backward_plan(length: int, dtype: torch.dtype) -> Plan:
-    """The backward kernel's sizes; its matrix has the shape of the forward kernel's."""
+def backward_plan(length: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The backward kernel's sizes."""
     tables = {torch.float32: _FLOAT32, torch.float16: _BACKWARD_FLOAT16}
-    return _first(tables.get(dtype, _BACKWARD), length)
+    return _fit(tables.get(dtype, _BACKWARD), length, device)
+
+
+def _fit(plans: tuple[Plan, ...], length: int, device: torch.device) -> Plan:
+    plan = next(plan for plan in plans if plan.n_fft >= length)
+    if has_large_shared_memory(device):
+        return plan
+    rows = min(plan.rows, _SMALL_ROWS)
+    return replace(plan, rows=rows, cols=plan.n_fft // rows, stages=1)
 
 
 @dataclass(frozen=True)
@@ -143,26 +154,9 @@ def long_plan(length: int, dtype: torch.dtype, *, backward: bool = False) -> Lon
 
 def longest_in_one(dtype: torch.dtype, device: torch.device) -> int:
     """The longest sequence that fits into one program."""
-    if dtype == torch.float32 or (device.type == "cuda" and not _has_large_shared_memory(device)):
-        return 4096
-    return 8192
-
-
-def is_too_long(length: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels do not take sequences of ``length`` samples."""
-    # Devices are asked only where they differ, which compilers cannot see through.
-    return length > _MOST_OUTER * 4096 and length > longest(dtype, device)
+    return 8192 if dtype != torch.float32 and has_large_shared_memory(device) else 4096
 
 
 def longest(dtype: torch.dtype, device: torch.device) -> int:
     """The longest sequence that the kernels take."""
     return _MOST_OUTER * longest_in_one(dtype, device)
-
-
-def _has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 227 KB, as on Hopper and the Blackwell of data centres."""
-    return torch.cuda.get_device_properties(device).major in (9, 10)
-
-
-def _first(plans: tuple[Plan, ...], length: int) -> Plan:
-    return next(plan for plan in plans if plan.n_fft >= length)
