@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from hippos.bench.cases.generation import PREFILL, TOKEN, WHOLE, GenerationSize, prepare_generation
-from hippos.bench.cpu import TINY_GPT2
+from hippos.bench.cpu import TINY, TINY_GPT2
 from hippos.bench.harness import Clock, Context
 
 CPU = Context(torch.device("cpu"))
@@ -27,3 +27,13 @@ def test_goals_compare_with_the_baseline():
         (("GPT-2 tiny", TOKEN), ("again", TOKEN), 1.0),
         (("GPT-2 tiny", WHOLE), ("again", WHOLE), 1.0),
     ]
+
+
+def test_h3_models_write_by_our_engine_too():
+    tiny = {"H3 tiny": ("h3", {**TINY, "attn_layers": (1,)})}
+    workload = prepare_generation(GenerationSize(6, 3, {**TINY_GPT2, **tiny}, "GPT-2 tiny"), CPU)
+    assert list(workload.methods) == ["GPT-2 tiny", "H3 tiny", "H3 tiny, engine"]
+    assert workload.check()["H3 tiny, engine"] < 1e-5
+    sample = workload.methods["H3 tiny, engine"](Clock(CPU.device))
+    assert abs(sample[PREFILL] + 2 * sample[TOKEN] - sample[WHOLE]) < 1e-9
+    assert {goal.fast[0] for goal in workload.goals} == {"H3 tiny", "H3 tiny, engine"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -185,6 +186,9 @@ def prepare_room(size: RoomSize, context: Context) -> Workload:
         The workload.
     """
     model = _model("h3", size.h3, size.dtype, context)
+    gc.collect()  # what other sizes have left behind
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
     fits = largest_batch(model, context=size.context, chunk_len=1) or 1
     batch = fits if size.most is None else min(fits, size.most)
     total = torch.cuda.mem_get_info(context.device)[1] if context.device.type == "cuda" else free_bytes(context.device)

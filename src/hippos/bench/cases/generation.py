@@ -1,4 +1,4 @@
-"""Tokens a second of Transformers' ``generate`` behind a prompt: an H3 hybrid against GPT-2, same settings."""
+"""Tokens a second behind a prompt: an H3 hybrid, by our engine and by Transformers' ``generate``, against GPT-2."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from hippos.bench.cases.engine import engine_error
 from hippos.bench.cases.language_models import BUILDERS, MAX_ERRORS, decode_error, random_prompt
 from hippos.bench.harness import CaseResult, Clock, Context, Goal, Method, Workload
 from hippos.bench.harness.clock import Mark
+from hippos.generate import Generator, Sampling
 
+ENGINE = ", engine"
 PREFILL, TOKEN, WHOLE = "prompt to first token", "one more token", "prompt and all tokens"
 
 
@@ -48,7 +51,8 @@ def prepare_generation(size: GenerationSize, context: Context) -> Workload:
         context: Where it runs.
 
     Returns:
-        The workload: greedy ``generate`` with the model's own cache, timed at each token.
+        The workload: greedy ``generate`` with the model's own cache, and our engine for the H3 models, timed at each
+        token.
     """
     generator = context.generator()
     models = {}
@@ -58,18 +62,28 @@ def prepare_generation(size: GenerationSize, context: Context) -> Workload:
             models[name] = BUILDERS[kind](fields, dtype=size.dtype)
     prompt = random_prompt(models[size.baseline], size.batch, size.prompt_len, generator)
     check_len = min(64, size.prompt_len)
+    methods = {name: _generating(model, prompt, size.new_tokens) for name, model in models.items()}
+    ours = {name + ENGINE: models[name] for name, (kind, _) in size.models.items() if kind == "h3"}
+    methods |= {name: _streaming(model, prompt, size.new_tokens) for name, model in ours.items()}
+
+    def check() -> dict[str, float]:
+        errors = {name: decode_error(model, generator, prompt_len=check_len) for name, model in models.items()}
+        return errors | {name: engine_error(model, context, prompt_len=check_len) for name, model in ours.items()}
+
     return Workload(
-        methods={name: _generating(model, prompt, size.new_tokens) for name, model in models.items()},
-        check=lambda: {name: decode_error(model, generator, prompt_len=check_len) for name, model in models.items()},
+        methods=methods,
+        check=check,
         max_error=MAX_ERRORS[size.dtype],
         baseline=size.baseline,
         work_per_call={TOKEN: size.batch, WHOLE: size.batch * size.new_tokens},
-        goals=tuple(_goals(size)) if size.has_goal else (),
-        notes={"settings": "generate(do_sample=False, use_cache=True), random weights, no end token"},
+        goals=tuple(_goals(size, [name for name in methods if name != size.baseline])) if size.has_goal else (),
+        notes={
+            "settings": "greedy, with a cache, random weights, no end token; by generate of Transformers or our engine"
+        },
     )
 
 
-def _goals(size: GenerationSize) -> list[Goal]:
+def _goals(size: GenerationSize, names: list[str]) -> list[Goal]:
     return [
         Goal(
             f"{name} writes at least as many tokens/s as {size.baseline} ({measure}, {size.dtype})",
@@ -77,8 +91,7 @@ def _goals(size: GenerationSize) -> list[Goal]:
             fast=(name, measure),
             at_least=1.0,
         )
-        for name in size.models
-        if name != size.baseline
+        for name in names
         for measure in (TOKEN, WHOLE)
     ]
 
@@ -128,6 +141,23 @@ def _generating(model: Any, prompt: Tensor, new_tokens: int) -> Method:
         return {
             PREFILL: clock.seconds(start, first),
             TOKEN: clock.seconds(first, last) / (len(tokens.marks) - 1),
+            WHOLE: clock.seconds(start, last),
+        }
+
+    return sample
+
+
+def _streaming(model: Any, prompt: Tensor, new_tokens: int) -> Method:
+    writer = Generator(model, context=prompt.shape[1] + new_tokens)
+    sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
+
+    def sample(clock: Clock) -> dict[str, float]:
+        start = clock.start()
+        marks = [clock.mark() for _ in writer.stream(prompt, sampling, eos_token_id=())]
+        first, last = marks[0], marks[-1]
+        return {
+            PREFILL: clock.seconds(start, first),
+            TOKEN: clock.seconds(first, last) / (len(marks) - 1),
             WHOLE: clock.seconds(start, last),
         }
 
