@@ -36,7 +36,7 @@ def synthetics(
         int | None, typer.Option(metavar="N", help="Passes over the data.", show_default="the published recipe's")
     ] = None,
     answers: Annotated[
-        bool, typer.Option("--answers", help="Train on the answers alone, for 12 epochs: a recipe of our own.")
+        bool, typer.Option("--answers", help="Train on the answers alone, for 20 epochs: a recipe of our own.")
     ] = False,
     out: Annotated[
         Path | None,

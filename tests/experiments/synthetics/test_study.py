@@ -160,7 +160,7 @@ def test_a_loss_on_the_answers_counts_nothing_else():
     )
     list(training.advance())
     assert make_study(answers_only=True).tasks[0].training.answers_only
-    assert make_study(answers_only=True, epochs=24).tasks[0].training.warmup_epochs == 2
+    assert make_study(answers_only=True, epochs=40).tasks[0].training.warmup_epochs == 2
 
 
 @pytest.mark.slow
