@@ -145,7 +145,7 @@ def test_broken_lines_are_named_and_the_others_done(run, tmp_path):
     lines = done.stderr.splitlines()
     assert lines[0].startswith(f"hippos: {prompts} line 2: not JSON")
     assert lines[1].startswith(f"hippos: {prompts} line 4: the prompt '' makes no token")
-    assert lines[2] == f"hippos: error: 2 lines of {prompts} are no prompts: 2, 4; the others are done"
+    assert lines[2] == f"hippos: error: 2 lines of {prompts} cannot be answered: 2, 4; the others are done"
 
 
 @pytest.mark.parametrize(

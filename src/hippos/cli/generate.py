@@ -156,7 +156,8 @@ def _answer(writer: Any, batch_file: Path, out: Path, sampling: Any, batch_size:
     if report.broken:
         numbers = ", ".join(str(number) for number, _ in report.broken[:20])
         more = " and more" if len(report.broken) > 20 else ""
-        fail(f"{len(report.broken)} lines of {batch_file} are no prompts: {numbers}{more}; the others are done")
+        count = "1 line" if len(report.broken) == 1 else f"{len(report.broken)} lines"
+        fail(f"{count} of {batch_file} cannot be answered: {numbers}{more}; the others are done")
 
 
 def _read_prompt(prompt: str | None) -> str:
