@@ -1,0 +1,244 @@
+"""A training step, whole and by part: a hybrid H3 beside GPT-2, with the same loss code and optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hippos.bench.cases.language_models import BUILDERS
+from hippos.bench.harness import Clock, Context, Finding, Goal, Method, Workload
+from hippos.bench.harness.case import Samples
+from hippos.layers import param_groups
+from hippos.ops import linear_cross_entropy
+from hippos.train.flops import peak_flops, training_flops_per_token
+
+STEP, PASSES, OPTIMISER, PART = "step", "forward + backward", "optimiser", "forward + backward of the part"
+CHECKED_TOKENS = 128
+CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A step of so many tokens.
+
+    Args:
+        seqlen: Tokens of a sequence.
+        n_tokens: Tokens of a step.
+        models: Name in tables to (kind in `BUILDERS`, fields of its configuration).
+        baseline: The model that the others are compared with; None for none.
+        goals: Name of a model to how often the baseline's tokens/s it should reach.
+        is_compiled: Whether the models go through torch.compile.
+        has_parts: Whether to time mixers, MLPs and loss of each model on their own too.
+    """
+
+    seqlen: int
+    models: Mapping[str, tuple[str, Mapping[str, Any]]] = field(hash=False)
+    baseline: str | None = None
+    n_tokens: int = 32768
+    goals: Mapping[str, float] = field(default_factory=dict, hash=False)
+    is_compiled: bool = True
+    has_parts: bool = True
+
+
+class _Training:
+    """A model in training on random tokens, with its optimiser.
+
+    Args:
+        model: A causal language model of Transformers' conventions, H3 or GPT-2.
+        size: Of the step.
+        context: Where it runs.
+    """
+
+    def __init__(self, model: Any, size: StepSize, context: Context) -> None:
+        self.device = context.device
+        before = self._allocated()
+        self.model = model.to(context.device).train()
+        shape = (size.n_tokens // size.seqlen, size.seqlen + 1)
+        generator = context.generator()
+        self.ids = torch.randint(model.config.vocab_size, shape, generator=generator, device=context.device)
+        self.trunk: nn.Module = model.model if hasattr(model, "model") else model.transformer
+        self.run: Callable[..., Any] = torch.compile(self.trunk) if size.is_compiled else self.trunk
+        groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
+        self.optimiser = torch.optim.AdamW(groups, fused=context.device.type in ("cpu", "cuda"))
+        self.blocks = list(getattr(self.trunk, "layers", None) or self.trunk.h)
+        self.step()
+        self.step()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.step()
+        self.peak_bytes = self._allocated(peak=True) - before
+
+    def _allocated(self, *, peak: bool = False) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.max_memory_allocated(self.device) if peak else torch.cuda.memory_allocated(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Bfloat16 products."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Mean nll of ids[:, 1:], nats."""
+        hidden = self.run(ids[:, :-1], use_cache=False)[0]
+        return self.loss_of(hidden, ids[:, 1:])
+
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The same from hidden states, by the same code for every model."""
+        total = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.model.lm_head.weight,
+            targets.flatten(),
+            vocab_size=self.model.config.vocab_size,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+        return total / targets.numel()
+
+    def passes(self) -> None:
+        """Forward and backward."""
+        with self.autocast():
+            loss = self.loss(self.ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """The optimiser's step."""
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """All of it."""
+        self.passes()
+        self.update()
+
+    def sample(self, clock: Clock) -> dict[str, float]:
+        """Time a step and its two halves."""
+        start = clock.start()
+        self.passes()
+        middle = clock.mark()
+        self.update()
+        end = clock.mark()
+        return {
+            STEP: clock.seconds(start, end),
+            PASSES: clock.seconds(start, middle),
+            OPTIMISER: clock.seconds(middle, end),
+        }
+
+    def parts(self) -> dict[str, Method]:
+        """Methods that run one kind of part alone, as often as the model has it."""
+        hidden = torch.randn(
+            self.ids.shape[0], self.ids.shape[1] - 1, self.model.config.hidden_size, device=self.device
+        )
+        modules = {
+            "mixing": [block.mixer if hasattr(block, "mixer") else block.attn for block in self.blocks],
+            "MLP": [block.mlp for block in self.blocks],
+        }
+        methods = {name: self._part(hidden, [_first_output(m) for m in ms]) for name, ms in modules.items()}
+        methods["loss"] = self._part(hidden, [lambda x: self.loss_of(x, self.ids[:, 1:])])
+        return methods
+
+    def _part(self, hidden: Tensor, functions: list[Callable[[Tensor], Tensor]]) -> Method:
+        x = hidden.clone().requires_grad_()
+
+        def sample(clock: Clock) -> dict[str, float]:
+            start = clock.start()
+            for function in functions:
+                with self.autocast():
+                    y = function(x)
+                y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
+            seconds = clock.seconds(start, clock.mark())
+            self.optimiser.zero_grad(set_to_none=True)
+            x.grad = None
+            return {PART: seconds}
+
+        return sample
+
+    def error(self) -> float:
+        """Relative error of the loss in bfloat16 against float64, on a few tokens."""
+        ids = self.ids[:1, : CHECKED_TOKENS + 1]
+        trunk = deepcopy(self.trunk).double()
+        with torch.no_grad():
+            hidden = trunk(ids[:, :-1], use_cache=False)[0]
+            logits = (hidden @ self.model.lm_head.weight.double().t())[..., : self.model.config.vocab_size]
+            wanted = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            run, self.run = self.run, self.trunk
+            with self.autocast():
+                found = self.loss(ids)
+            self.run = run
+        return float((found.double() - wanted).abs() / wanted)
+
+
+def prepare_training_step(size: StepSize, context: Context) -> Workload:
+    """Build the models, each with random weights, and step each three times.
+
+    Args:
+        size: Of the step.
+        context: Where it runs.
+
+    Returns:
+        The workload.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(context.seed)
+        trainings = {
+            name: _Training(BUILDERS[kind](fields, dtype="float32"), size, context)
+            for name, (kind, fields) in size.models.items()
+        }
+    methods: dict[str, Method] = {name: training.sample for name, training in trainings.items()}
+    if size.has_parts:
+        for name, training in trainings.items():
+            methods |= {f"{name}: {part}": method for part, method in training.parts().items()}
+    return Workload(
+        methods=methods,
+        check=lambda: {name: training.error() for name, training in trainings.items()},
+        max_error=2e-2,
+        baseline=size.baseline,
+        work_per_call={STEP: size.n_tokens},
+        goals=tuple(_goals(size)),
+        findings=lambda samples: _findings(size, trainings, samples),
+        notes={
+            "settings": "bfloat16 autocast, float32 weights, fused AdamW, no dropout, random tokens and weights",
+            "loss": f"linear_cross_entropy in chunks of {CHUNK_TOKENS} tokens in all models",
+            "parts": "eager, without the residual stream; their sum is not the step's time",
+        },
+    )
+
+
+def _goals(size: StepSize) -> list[Goal]:
+    if size.baseline is None:
+        return []
+    return [
+        Goal(
+            f"{name} trains at {factor:g}x the tokens/s of {size.baseline} at {size.seqlen} tokens",
+            slow=(size.baseline, STEP),
+            fast=(name, STEP),
+            at_least=factor,
+        )
+        for name, factor in size.goals.items()
+    ]
+
+
+def _findings(size: StepSize, trainings: Mapping[str, _Training], samples: Samples) -> list[Finding]:
+    found = []
+    for name, training in trainings.items():
+        if training.device.type == "cuda":
+            found.append(Finding(f"peak memory, {name}", training.peak_bytes / 2**30, "GiB"))
+        peak = peak_flops(training.device)
+        if peak is not None:
+            times = sorted(samples[name, STEP])
+            flops = training_flops_per_token(training.model, size.seqlen) * size.n_tokens
+            found.append(Finding(f"MFU, {name}", flops / times[len(times) // 2] / peak, "of the peak"))
+    return found
+
+
+def _first_output(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        y = module(x)
+        result: Tensor = y[0] if isinstance(y, tuple) else y
+        return result
+
+    return call

@@ -1,0 +1,48 @@
+"""The training case on a CPU: it checks, steps, and times its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hippos.bench.cases.training_step import OPTIMISER, PASSES, STEP, prepare_training_step
+from hippos.bench.harness import Clock, Context
+from hippos.bench.training import GPT2, HYBRID, SUITE, TRAINING_STEP, UTILISATION
+
+CPU = Context(torch.device("cpu"), is_quick=True)
+
+
+def test_both_models_step_and_are_checked_against_float64() -> None:
+    workload = prepare_training_step(TRAINING_STEP.quick_sizes[0], CPU)
+    errors = workload.check()
+    assert set(errors) == {HYBRID, GPT2}
+    assert all(0 < error < workload.max_error for error in errors.values())
+    clock = Clock(CPU.device)
+    samples = {name: method(clock) for name, method in workload.methods.items()}
+    assert set(samples) == {m + part for m in (HYBRID, GPT2) for part in ("", ": mixing", ": MLP", ": loss")}
+    for name in (HYBRID, GPT2):
+        parts = samples[name]
+        assert parts[STEP] == pytest.approx(parts[PASSES] + parts[OPTIMISER])
+    assert all(seconds > 0 for sample in samples.values() for seconds in sample.values())
+    assert workload.goals == ()
+
+
+def test_steps_train() -> None:
+    size = dataclasses.replace(UTILISATION.quick_sizes[0], has_parts=False)
+    workload = prepare_training_step(size, CPU)
+    training = workload.methods["H3 hybrid tiny"].__self__  # type: ignore[attr-defined]
+    with torch.no_grad():
+        first = float(training.loss(training.ids))
+    for _ in range(20):
+        training.step()
+    with torch.no_grad():
+        assert float(training.loss(training.ids)) < first
+    assert workload.check()["H3 hybrid tiny"] < workload.max_error
+
+
+def test_goals_are_those_that_were_set() -> None:
+    assert [dict(size.goals) for size in TRAINING_STEP.sizes] == [{HYBRID: goal} for goal in (1.05, 1.15, 1.5, 2.4)]
+    assert [size.seqlen for size in TRAINING_STEP.sizes] == [1024, 2048, 8192, 32768]
+    assert SUITE.device == "cuda"
