@@ -67,12 +67,12 @@ def _draw_bars(axes: Any, rows: list[dict[str, Any]], mixers: list[str], tasks: 
         own = [row for row in rows if row["mixer"] == mixer]
         places = [tasks.index(row["task"]) + (number - (len(mixers) - 1) / 2) * width for row in own]
         heights = [row["accuracy"] for row in own]
-        low = [row["accuracy"] - row["lowest"] for row in own]
-        high = [row["highest"] - row["accuracy"] for row in own]
-        axes.bar(places, heights, width * 0.92, color=colours[mixer], label=MIXERS[mixer].title)
-        axes.errorbar(places, heights, [low, high], fmt="none", ecolor="black", capsize=2, linewidth=0.8)
+        axes.bar(places, heights, width * 0.92, color=colours[mixer], alpha=0.75, label=MIXERS[mixer].title)
         for place, row in zip(places, own, strict=True):
-            axes.text(place, row["highest"] + 2, f"{row['accuracy']:.0f}", ha="center", fontsize=7)
+            seeds = row["by_seed"]
+            shifts = (np.arange(len(seeds)) - (len(seeds) - 1) / 2) * min(0.2, 0.7 / len(seeds)) * width
+            axes.plot(place + shifts, seeds, "o", color="black", markersize=2.5, zorder=3)
+            axes.text(place, row["highest"] + 2.5, f"{row['accuracy']:.0f}", ha="center", fontsize=7)
     for place, task in enumerate(tasks):
         chance = next(row["chance"] for row in rows if row["task"] == task)
         label = "guessing" if place == 0 else None
@@ -80,7 +80,7 @@ def _draw_bars(axes: Any, rows: list[dict[str, Any]], mixers: list[str], tasks: 
     axes.set_xticks(range(len(tasks)), [TASKS[task].title for task in tasks], fontsize=8)
     axes.set_ylim(0, 112)
     axes.set_ylabel("accuracy, %")
-    axes.set_xlabel("median of the seeds' best tests; lines: lowest to highest seed", fontsize=8)
+    axes.set_xlabel("bars and numbers: median of the seeds' best tests; dots: each seed", fontsize=8)
     axes.legend(fontsize=8, ncols=min(6, len(mixers) + 1), loc="upper center", bbox_to_anchor=(0.5, 1.12))
 
 

@@ -47,6 +47,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     "accuracy": median(best),
                     "lowest": min(best),
                     "highest": max(best),
+                    "by_seed": best,
                     "final_accuracy": median_accuracy(result, "final_accuracy"),
                     "by_length": {n: 100 * median(seed["by_length"][n] for seed in result["seeds"]) for n in lengths},
                     "chance": 100 * result["chance"],
