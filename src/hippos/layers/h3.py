@@ -265,7 +265,7 @@ class H3(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
     def step_operators(self) -> H3Step:
-        """Give what `hippos.ops.ssm_step.h3_step_prepared` needs of the SSMs; made anew when their parameters change."""
+        """Give what `hippos.ops.ssm_step.h3_step_prepared` needs; made anew when the SSMs' parameters change."""
         shift = None if self.shift is None else self.shift.operators(reuse=True)
         diag = self.diag.operators(reuse=True)
         is_compiling = torch.compiler.is_compiling()
