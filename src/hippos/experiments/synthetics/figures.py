@@ -110,7 +110,7 @@ def draw_recall(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     n_layers = max(len(result["recall"]) for result in results)
-    figure = Figure(figsize=(5.2 * n_layers + 1, 5.2 * len(results)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.2 * n_layers + 1, 5.6 * len(results)), dpi=110, layout="constrained")
     panels = figure.subplots(len(results), n_layers, squeeze=False)
     for result, row in zip(results, panels, strict=True):
         for axes, layer in zip(row, result["recall"], strict=False):
