@@ -6,9 +6,12 @@ The interpreter is chosen when Triton is imported, so its tests run where TRITON
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import os
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,10 +19,11 @@ from torch.library import opcheck
 
 from hippos.errors import UnsupportedError
 from hippos.ops import ssm_conv
+from hippos.ops.ssm_conv import schedule as schedules
 from hippos.ops.ssm_conv.autograd import ssm_conv_kernel_op
 from hippos.ops.ssm_conv.chunked import Inputs
-from hippos.ops.ssm_conv.schedule import Schedule, place
-from tests.ops.ssm_cases import Draw, leaves, relative_error
+from hippos.ops.ssm_conv.schedule import Pieces, Schedule, backward_pieces, forward_pieces, place
+from tests.ops.ssm_cases import PACKED, Draw, leaves, relative_error
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,24 +49,24 @@ LIMITS = {torch.bfloat16: (2.0, 3.0), torch.float16: (2.0, 3.0)}
 ROUNDING = {torch.bfloat16: 1.65e-3, torch.float16: 2.1e-4}
 
 
-def make_inputs(batch, n_heads, seqlen, n_modes, dtype, device="cpu", absent=(), seed=0) -> Inputs:
+def make_inputs(batch, n_heads, seqlen, n_modes, dtype, device="cpu", absent=(), seed=0, n_docs=None) -> Inputs:
     random = Draw(seed=seed)
     signals = [random.normal(batch, n_heads, seqlen, dtype=dtype) for _ in range(3)]
     modes = random.modes(n_heads, n_modes, dtype=torch.float32)
     d = random.normal(n_heads, dtype=torch.float32)
-    state = random.normal(batch, n_heads, n_modes, 2, dtype=torch.float32)
+    state = random.normal(n_docs or batch, n_heads, n_modes, 2, dtype=torch.float32)
     inputs = Inputs(signals[0], *modes, d, *signals[1:], state)
     inputs = inputs._replace(**dict.fromkeys(absent))
     return Inputs(*(None if x is None else x.to(device) for x in inputs))
 
 
-def run(inputs: Inputs, impl: str, *, with_state=True, dtype=None) -> dict:
+def run(inputs: Inputs, impl: str, *, with_state=True, dtype=None, cu_seqlens=None) -> dict:
     """Output, state, and the gradients of a random functional of both."""
     inputs = Inputs(*leaves(*inputs, dtype=dtype))
     u, log_a, b, c, d, in_gate, out_gate, initial_state = inputs
-    y, state = ssm_conv(
-        u, log_a, b, c, d, in_gate=in_gate, out_gate=out_gate, initial_state=initial_state, return_state=True, impl=impl
-    )
+    gates = {"in_gate": in_gate, "out_gate": out_gate}
+    options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "return_state": True, "impl": impl}
+    y, state = ssm_conv(u, log_a, b, c, d, **gates, **options)
     weights = Draw(seed=1)
     loss = (y.double() * weights.normal(*y.shape).bfloat16().to(y.device)).sum()
     if with_state:
@@ -70,6 +74,23 @@ def run(inputs: Inputs, impl: str, *, with_state=True, dtype=None) -> dict:
     loss.backward()
     gradients = {f"d_{name}": x.grad for name, x in inputs._asdict().items() if x is not None}
     return {"y": y.detach(), "state": state.detach(), **gradients}
+
+
+@contextmanager
+def waiting_forbidden():
+    """Raise where the host would wait for the GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def launch_module():
+    """The module that names the cuts of its sequences; Triton is imported here only."""
+    return importlib.import_module("hippos.ops.ssm_conv.launch")
 
 
 def assert_accurate(inputs: Inputs, found: dict, wanted: dict) -> None:
@@ -119,6 +140,21 @@ class TestInterpreted:
         assert all(torch.isfinite(tensor).all() for tensor in found.values())
         assert_accurate(inputs, found, run(inputs, "reference", dtype=torch.float64) | {"d_log_a": found["d_log_a"]})
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("offsets", [[0, 208], PACKED, [0, 64, 128, 192, 256], [0, 1, 2, 3]])
+    def test_packed_documents(self, offsets, dtype):
+        inputs = make_inputs(1, 2, offsets[-1], 3, dtype, n_docs=len(offsets) - 1)
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+        wanted = run(inputs, "reference", dtype=torch.float64, cu_seqlens=cu_seqlens)
+        assert_accurate(inputs, run(inputs, "triton", cu_seqlens=cu_seqlens), wanted)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_long_sequences_of_few_channels_are_cut(self, monkeypatch, dtype):
+        monkeypatch.setattr(schedules, "forward_pieces", schedules.backward_pieces)
+        monkeypatch.setattr(launch_module(), "forward_pieces", schedules.backward_pieces)
+        inputs = make_inputs(2, 1, 500, 3, dtype)
+        assert_accurate(inputs, run(inputs, "triton"), run(inputs, "reference", dtype=torch.float64))
+
     def test_large_and_small_samples_keep_their_digits(self):
         inputs = make_inputs(1, 1, 64, 3, torch.float16, absent=OPTIONAL)
         for scale in (2.0**-12, 2.0**10):
@@ -129,14 +165,31 @@ class TestInterpreted:
 
 class TestGeometry:
     @pytest.mark.parametrize(("rows", "lanes"), [(64, 16), (128, 32), (16, 4)])
-    def test_every_chunk_has_one_row(self, rows, lanes):
+    @pytest.mark.parametrize("has_segments", [False, True])
+    def test_every_chunk_has_one_row(self, rows, lanes, has_segments):
         schedule = Schedule(chunk=32, rows=rows, lanes=lanes)
         for batch, seqlen in itertools.product([1, 2, 3, 8, 100], [1, 31, 32, 33, 1000, 5000]):
-            at = place(batch, seqlen, schedule)
-            assert at.steps * at.sequences * at.segments == rows
+            at = place(Pieces(batch, 1, seqlen), schedule, has_segments=has_segments)
+            assert at.steps * at.pieces * at.segments == rows
             assert at.span == 32 * at.steps * at.segments
             assert at.n_tiles * at.span >= seqlen > (at.n_tiles - 1) * at.span
-            assert at.n_groups * at.sequences >= batch > (at.n_groups - 1) * at.sequences
+            assert at.n_groups * at.pieces >= batch > (at.n_groups - 1) * at.pieces
+
+    def test_pieces_cover_their_sequence(self):
+        schedule = Schedule(chunk=32, rows=64, lanes=16)
+        for batch, n_heads, seqlen in itertools.product([1, 3, 16, 20], [1, 128, 768], [1, 128, 129, 5000, 10**6]):
+            for cut in (forward_pieces, backward_pieces):
+                pieces = cut(batch, n_heads, seqlen, schedule)
+                assert pieces.total == batch * pieces.per_sequence
+                assert pieces.per_sequence * pieces.length >= seqlen > (pieces.per_sequence - 1) * pieces.length
+                at = place(pieces, schedule, has_segments=False)
+                assert pieces.per_sequence == 1 or pieces.length % at.span == 0
+
+    def test_a_long_sequence_of_few_channels_fills_a_gpu(self):
+        schedule = Schedule(chunk=64, rows=64, lanes=16)
+        pieces = forward_pieces(1, 128, 1 << 20, schedule)
+        at = place(pieces, schedule, has_segments=False)
+        assert 128 * at.n_groups >= schedule.least_programs
 
 
 class TestOperator:
@@ -145,8 +198,13 @@ class TestOperator:
     @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
     def test_opcheck(self):
         inputs = make_inputs(2, 2, 20, 3, torch.float32)
-        opcheck(ssm_conv_kernel_op, (*leaves(*inputs), True, True))
-        opcheck(ssm_conv_kernel_op, (*leaves(*inputs)[:4], None, None, None, None, False, True))
+        opcheck(ssm_conv_kernel_op, (*leaves(*inputs), None, True, True))
+        opcheck(ssm_conv_kernel_op, (*leaves(*inputs)[:4], None, None, None, None, None, False, True))
+
+    @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
+    def test_opcheck_of_packed_documents(self):
+        inputs = make_inputs(1, 2, 50, 3, torch.float32, n_docs=3)
+        opcheck(ssm_conv_kernel_op, (*leaves(*inputs), torch.tensor([0, 7, 7, 50]), True, True))
 
     @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on CPU tensors")
     def test_refusals(self):
@@ -156,7 +214,7 @@ class TestOperator:
 
     def test_no_second_derivative(self):
         inputs = Inputs(*leaves(*make_inputs(1, 1, 8, 3, torch.float32)))
-        y, _, _ = ssm_conv_kernel_op(*inputs, False, True)
+        y, _, _ = ssm_conv_kernel_op(*inputs, None, False, True)
         (gradient,) = torch.autograd.grad(y.sum(), inputs.u, create_graph=True)
         with pytest.raises(UnsupportedError, match="no second derivative"):
             gradient.sum().backward()
@@ -191,6 +249,27 @@ class TestGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_a_long_sequence_alone(self, dtype):
         inputs = make_inputs(1, 2, 100_003, 32, dtype, "cuda")
+        wanted = run(inputs, "torch", dtype=torch.float64)
+        assert_accurate(inputs, run(inputs, "triton"), wanted)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("offsets", [PACKED, [0, 3000, 3001, 9000, 9064, 9064, 20000]])
+    def test_packed_documents(self, offsets, dtype):
+        inputs = make_inputs(1, 3, offsets[-1], 32, dtype, "cuda", n_docs=len(offsets) - 1)
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device="cuda")
+        cpu = Inputs(*(x.cpu() for x in inputs))
+        wanted = run(cpu, "torch", dtype=torch.float64, cu_seqlens=cu_seqlens.cpu())
+        assert_accurate(inputs, run(inputs, "triton", cu_seqlens=cu_seqlens), wanted)
+
+    def test_wrong_offsets_stay_in_bounds(self):
+        inputs = make_inputs(1, 3, 1000, 32, torch.bfloat16, "cuda", n_docs=5)
+        for offsets in ([0, -5, 900, 300, 5000, 1000], [2**31 - 1] * 6, [-(2**31)] * 6, [500, 0, 0, 0, 0, 20]):
+            run(inputs, "triton", cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device="cuda"))
+        torch.cuda.synchronize()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_few_channels(self, dtype):
+        inputs = make_inputs(1, 2, 300_000, 16, dtype, "cuda")
         wanted = run(inputs, "torch", dtype=torch.float64)
         assert_accurate(inputs, run(inputs, "triton"), wanted)
 
@@ -236,9 +315,36 @@ class TestGpu:
         assert torch.equal(y, wanted)
         assert torch.isfinite(inputs.log_a.grad).all()
 
+    def test_packed_documents_compiled_without_a_break(self):
+        inputs = Inputs(*leaves(*make_inputs(1, 4, 500, 32, torch.bfloat16, "cuda", n_docs=3)))
+        cu_seqlens = torch.tensor([0, 100, 101, 500], device="cuda")
+
+        def call(*x):
+            options = {"initial_state": x[7], "cu_seqlens": cu_seqlens, "return_state": True}
+            return ssm_conv(*x[:5], in_gate=x[5], out_gate=x[6], **options)
+
+        y, state = torch.compile(call, fullgraph=True)(*inputs)
+        (y.float().square().sum() + state.square().sum()).backward()
+        wanted, wanted_state = call(*inputs)
+        assert torch.equal(y, wanted)
+        torch.testing.assert_close(state, wanted_state)
+        assert torch.isfinite(inputs.log_a.grad).all()
+
     def test_opcheck(self):
         inputs = make_inputs(2, 2, 200, 3, torch.float32, "cuda")
-        opcheck(ssm_conv_kernel_op, (*leaves(*inputs), True, True))
+        opcheck(ssm_conv_kernel_op, (*leaves(*inputs), None, True, True))
+        inputs = make_inputs(1, 2, 200, 3, torch.bfloat16, "cuda", n_docs=2)
+        opcheck(ssm_conv_kernel_op, (*leaves(*inputs), torch.tensor([0, 99, 200], device="cuda"), True, True))
+
+    def test_chosen_on_a_gpu_without_waiting_for_it(self):
+        inputs = make_inputs(1, 4, 500, 32, torch.bfloat16, "cuda", n_docs=2)
+        cu_seqlens = torch.tensor([0, 100, 500], device="cuda")
+        options = {"initial_state": inputs.initial_state, "cu_seqlens": cu_seqlens, "return_state": True}
+        wanted = ssm_conv(*inputs[:5], **options, impl="triton")
+        with waiting_forbidden():
+            found = ssm_conv(*inputs[:5], **options)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
 
     def test_captured_by_a_cuda_graph(self):
         inputs = make_inputs(2, 4, 500, 32, torch.bfloat16, "cuda", absent=("initial_state",))

@@ -67,7 +67,7 @@ def _devices() -> dict[str, str]:
 def _operators() -> dict[str, str]:
     """Operator -> the implementation that ``impl="auto"`` takes on the first CUDA device, or on the CPU.
 
-    Kernels run on request (docs/decisions/0011-kernels-on-request.md); it is said where there are any.
+    It takes the kernels wherever they run (docs/decisions/0011-kernels-by-default.md).
     """
     import torch
 
@@ -92,7 +92,7 @@ def _operators() -> dict[str, str]:
     for name, arguments in calls.items():
         try:
             getattr(ops, name)(*arguments, impl="triton")
-            taken[name] = f"torch on {device}, triton on request"
+            taken[name] = f"triton on {device}"
         except UnsupportedError:
             taken[name] = f"torch on {device}"
     return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, get_args
@@ -89,6 +90,27 @@ def check_impl(name: str, impl: str, *, has_triton: bool = False) -> None:
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
     if impl == "triton" and not has_triton:
         raise UnsupportedError(f"{name} has no Triton kernel yet; impl='auto' or 'torch' runs on any device")
+
+
+def check_offsets(cu_seqlens: Tensor | None, *, batch: int) -> None:
+    """Raise unless ``cu_seqlens`` could be the offsets of packed documents, without reading it: see `document_bounds`.
+
+    Raises:
+        TypeError: If it is no integer tensor.
+        ValueError: If it has the wrong shape or B is not 1.
+    """
+    if cu_seqlens is None:
+        return
+    check_tensor("cu_seqlens", cu_seqlens, "n_docs + 1", (None,), dtypes=(torch.int32, torch.int64))
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into one sequence, so B must be 1, got B = {batch}")
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have n_docs + 1 >= 2 entries, got {cu_seqlens.shape[0]}")
+
+
+def is_debugging() -> bool:
+    """Whether values that lie on a GPU are checked too, which waits for it: HIPPOS_DEBUG is set and not 0."""
+    return os.environ.get("HIPPOS_DEBUG", "0") not in ("", "0")
 
 
 def document_bounds(cu_seqlens: Tensor | None, *, batch: int, seqlen: int) -> list[int] | None:

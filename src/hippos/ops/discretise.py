@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.exporting import is_exporting
 from hippos.ops.pairs import Pair, add, join_pairs, multiply, multiply_conj, scale, split_pairs
 from hippos.ops.stacking import stack_as_channels
 
@@ -50,7 +51,7 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, *, method: Discretisation = "bi
     check_tensor("dt", dt, "H", (A.shape[0],), like=A, dtypes=PARAMETER_DTYPES)
     if method not in ("bilinear", "zoh"):
         raise ValueError(f"method must be 'bilinear' or 'zoh', got {method!r}")
-    convert = _convert if torch.compiler.is_exporting() else discretise_op
+    convert = _convert if is_exporting() else discretise_op
     log_a, b = convert(A, B, dt, method == "zoh")
     return log_a, b
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hippos.errors import UnsupportedError
+from hippos.ops.exporting import is_exporting
 from hippos.ops.precision import without_autocast
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.toeplitz import toeplitz, toeplitz_adjoint
@@ -32,7 +33,7 @@ def short_conv(v: Tensor, taps: Tensor) -> Tensor:
     Returns:
         Shape (B, H, L); its memory runs as (H, B, L).
     """
-    y, _ = (_convolve if torch.compiler.is_exporting() else short_conv_op)(v, taps)
+    y, _ = (_convolve if is_exporting() else short_conv_op)(v, taps)
     return y
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
+from hippos.ops.exporting import is_exporting
 from hippos.ops.precision import without_autocast
 from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.stacking import stack_as_channels
@@ -39,7 +40,7 @@ def fft_conv_torch(
 
 
 def _convolve(v: Tensor, ssm_filter: Tensor, causal: bool) -> Tensor:
-    convolve = convolve_spectra if torch.compiler.is_exporting() else spectral_conv_op
+    convolve = convolve_spectra if is_exporting() else spectral_conv_op
     y, _, _ = convolve(v, ssm_filter, causal)
     return y
 

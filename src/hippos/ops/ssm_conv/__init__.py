@@ -12,10 +12,13 @@ from hippos.ops.arguments import (
     Impl,
     check_impl,
     check_modes,
+    check_offsets,
     check_signal,
     check_tensor,
     document_bounds,
+    is_debugging,
 )
+from hippos.ops.exporting import is_exporting
 from hippos.ops.ssm_conv.autograd import ssm_conv_triton, why_not_triton
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
 from hippos.ops.ssm_conv.reference import ssm_conv_reference
@@ -120,8 +123,8 @@ def ssm_conv(
         TypeError: If a tensor's dtype is none of those named above (integer, complex, half parameters).
         ValueError: If shapes or devices disagree, L is 0, ``cu_seqlens`` does not describe the sequence, or ``impl``
             is unknown.
-        UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64,
-            ``cu_seqlens`` is given, or there are more than 64 modes (32 in float32).
+        UnsupportedError: If ``impl="triton"`` and the tensors are not on an NVIDIA GPU of compute capability 8.0 or
+            more, signals are float64 or longer than 2**30, or there are more than 64 modes (32 in float32).
 
     Source:
         Fu et al. 2023 (arXiv:2212.14052), sections 2 and 4; derivation in docs/math/state_passing.md, and of the
@@ -136,14 +139,17 @@ def ssm_conv(
     for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
         if gate is not None:
             check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
-    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen)
+    check_offsets(cu_seqlens, batch=batch)
     if initial_state is not None:
-        axes, n_states = ("B", batch) if bounds is None else ("n_docs", len(bounds) - 1)
+        axes, n_states = ("B", batch) if cu_seqlens is None else ("n_docs", cu_seqlens.shape[0] - 1)
         sizes = (n_states, *log_a.shape)
         check_tensor("initial_state", initial_state, f"{axes}, H, M, 2", sizes, like=u, dtypes=PARAMETER_DTYPES)
     inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
-    if _takes_triton(u, log_a, bounds, (in_gate, out_gate), impl):
-        y, state = ssm_conv_triton(*inputs, return_state)
+    takes_triton = _takes_triton(u, log_a, (in_gate, out_gate), impl)
+    reads_offsets = not takes_triton or is_debugging() or (cu_seqlens is not None and not cu_seqlens.is_cuda)
+    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen) if reads_offsets else None
+    if takes_triton:
+        y, state = ssm_conv_triton(*inputs, cu_seqlens, return_state)
     elif impl == "reference":
         y, state = ssm_conv_reference(*inputs, bounds)
     else:
@@ -151,14 +157,15 @@ def ssm_conv(
     return (y, state) if return_state else y
 
 
-def _takes_triton(
-    u: Tensor, log_a: Tensor, bounds: list[int] | None, gates: tuple[Tensor | None, ...], impl: Impl
-) -> bool:
+def _takes_triton(u: Tensor, log_a: Tensor, gates: tuple[Tensor | None, ...], impl: Impl) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
-    # "auto" leaves them alone until all their tests have passed on a GPU (docs/decisions/0011-kernels-on-request.md).
+    if impl == "auto":
+        # The interpreter is for the kernels' own tests; an exported program must run anywhere.
+        is_wanted = u.is_cuda and not is_exporting()
+        return is_wanted and why_not_triton(u, log_a, gates) is None
     if impl != "triton":
         return False
-    obstacle = why_not_triton(u, log_a, bounds, gates)
+    obstacle = why_not_triton(u, log_a, gates)
     if obstacle is not None:
         raise UnsupportedError(f"ssm_conv cannot run with impl='triton': {obstacle}; impl='torch' can")
     return True

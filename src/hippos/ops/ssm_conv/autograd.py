@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
+from hippos.ops.kernel_device import is_interpreted, why_not_device
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
 from hippos.ops.ssm_conv.chunked import Inputs
+from hippos.ops.ssm_conv.documents import finish_documents
 from hippos.ops.ssm_conv.kernel_fallback import backward_without_kernels, forward_without_kernels, none
-from hippos.ops.ssm_conv.schedule import forward_schedule, most_modes, saved_shape
+from hippos.ops.ssm_conv.schedule import forward_schedule, most_modes, saved_dtype, saved_shape
 from hippos.ops.stacking import stack_as_channels
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LONGEST = 2**30  # samples a sequence, so that no index in it passes 31 bits
 
 
-def is_interpreted() -> bool:
-    """Whether Triton runs its programs in its interpreter on the CPU, as the tests without a GPU ask it to."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_not_triton(u: Tensor, log_a: Tensor, bounds: object, gates: tuple[Tensor | None, ...] = ()) -> str | None:
+def why_not_triton(u: Tensor, log_a: Tensor, gates: tuple[Tensor | None, ...] = ()) -> str | None:
     """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
-    if u.device.type != "cuda" and not is_interpreted():
-        return f"it needs CUDA tensors, got {u.device.type}"
+    obstacle = why_not_device(u.device)
+    if obstacle is not None:
+        return obstacle
     if any(signal is not None and signal.dtype not in KERNEL_DTYPES for signal in (u, *gates)):
         return "it takes float16, bfloat16 and float32 signals, not float64"
-    if bounds is not None:
-        return "it does not take packed documents (cu_seqlens)"
     if log_a.shape[1] > most_modes(u.dtype):
         return f"it takes up to {most_modes(u.dtype)} modes in {u.dtype}, got {log_a.shape[1]}"
-    if u.shape[-1] >= 2**31 - 2**16:
-        return f"it takes sequences shorter than 2**31 - 2**16 samples, got {u.shape[-1]}"
+    if u.shape[-1] > LONGEST:
+        return f"it takes sequences of up to 2**30 samples, got {u.shape[-1]}"
     return None
 
 
@@ -47,9 +43,10 @@ def ssm_conv_triton(
     in_gate: Tensor | None,
     out_gate: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `ssm_conv`, checked by the caller and by `why_not_triton`.
+    """Arguments as in `ssm_conv`, checked by the caller and by `why_not_triton`; ``cu_seqlens`` stays on its device.
 
     Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
 
@@ -62,10 +59,16 @@ def ssm_conv_triton(
     d, initial_state = (None if x is None else x.float().contiguous() for x in (d, initial_state))
     tensors = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
     saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y, state, _ = ssm_conv_kernel_op(*tensors, return_state, saves_states)
-    rest = u.shape[-1] % forward_schedule(u.dtype, log_a.shape[1], u.device).chunk
-    if return_state and rest > 0:
-        # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(u.device).contiguous()
+    y, state, _ = ssm_conv_kernel_op(*tensors, cu_seqlens, return_state, saves_states)
+    if not return_state:
+        return y, state
+    # The kernels' states are those after the last whole chunks; what is left is shorter than a chunk.
+    chunk = forward_schedule(u.dtype, log_a.shape[1], u.device).chunk
+    if cu_seqlens is not None:
+        return y, finish_documents(state, u, in_gate, log_a, b, cu_seqlens, chunk)
+    rest = u.shape[-1] % chunk
+    if rest > 0:
         gate = None if in_gate is None else in_gate[..., -rest:]
         _, state = ssm_conv_torch(u[..., -rest:], log_a, b, c, d, gate, None, state, None, True)
     return y, state
@@ -85,17 +88,18 @@ def ssm_conv_kernel_op(
     in_gate: Tensor | None,
     out_gate: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
     saves_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the state after the last whole chunk (or empty), the states that the backward pass starts from (or empty)."""
     inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
     if u.device.type != "cuda" and not is_interpreted():
-        y, state = forward_without_kernels(inputs, return_state)
-        return y, state, u.new_zeros(saved_shape(u, log_a.shape[1]), dtype=_saved_dtype(u)) if saves_states else none(u)
+        y, state = forward_without_kernels(inputs, cu_seqlens, return_state)
+        return y, state, _saved_states(u, log_a, cu_seqlens).zero_() if saves_states else none(u)
     from hippos.ops.ssm_conv.launch import ssm_conv_fwd
 
-    return ssm_conv_fwd(inputs, wants_state=return_state, saves_states=saves_states)
+    return ssm_conv_fwd(inputs, cu_seqlens, wants_state=return_state, saves_states=saves_states)
 
 
 @ssm_conv_kernel_op.register_fake
@@ -108,11 +112,13 @@ def _forward_shapes(
     in_gate: Tensor | None,
     out_gate: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
     saves_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = u.new_empty((u.shape[0], *log_a.shape), dtype=torch.float32) if return_state else none(u)
-    saved = u.new_empty(saved_shape(u, log_a.shape[1]), dtype=_saved_dtype(u)) if saves_states else none(u)
+    n_sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = u.new_empty((n_sequences, *log_a.shape), dtype=torch.float32) if return_state else none(u)
+    saved = _saved_states(u, log_a, cu_seqlens) if saves_states else none(u)
     return u.new_empty(u.shape), state, saved
 
 
@@ -126,6 +132,7 @@ def ssm_conv_kernel_backward_op(
     in_gate: Tensor | None,
     out_gate: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     dout: Tensor,
     dstate: Tensor | None,
@@ -133,10 +140,10 @@ def ssm_conv_kernel_backward_op(
     """Gradients of the eight input tensors; those of absent ones are empty."""
     inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
     if u.device.type != "cuda" and not is_interpreted():
-        return backward_without_kernels(inputs, dout, dstate)
+        return backward_without_kernels(inputs, cu_seqlens, dout, dstate)
     from hippos.ops.ssm_conv.launch import ssm_conv_bwd
 
-    return ssm_conv_bwd(inputs, dout.contiguous(), dstate, saved)
+    return ssm_conv_bwd(inputs, cu_seqlens, dout.contiguous(), dstate, saved)
 
 
 @ssm_conv_kernel_backward_op.register_fake
@@ -149,6 +156,7 @@ def _backward_shapes(
     in_gate: Tensor | None,
     out_gate: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     dout: Tensor,
     dstate: Tensor | None,
@@ -157,9 +165,9 @@ def _backward_shapes(
     return tuple(none(u) if x is None else x.new_empty(x.shape) for x in inputs)  # type: ignore[return-value]
 
 
-def _saved_dtype(u: Tensor) -> torch.dtype:
-    """bfloat16 where the products round states to it anyway, float32 elsewhere."""
-    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+def _saved_states(u: Tensor, log_a: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    n_docs = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return u.new_empty(saved_shape(u, log_a.shape[1], n_docs), dtype=saved_dtype(u.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -172,12 +180,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None and dstate is None:
-        return (None,) * 10
+        return (None,) * 11
     u = ctx.saved_tensors[0]
     dout = torch.zeros_like(u, memory_format=torch.contiguous_format) if dout is None else dout
     gradients = ssm_conv_kernel_backward_op(*ctx.saved_tensors, dout, dstate)
     needed = ctx.needs_input_grad[:8]
-    return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), None, None)
+    return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), *(None,) * 3)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -186,4 +194,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 ssm_conv_kernel_op.register_autograd(_backward, setup_context=_save)
 ssm_conv_kernel_backward_op.register_autograd(_refuse_second_derivative)
-stack_as_channels(ssm_conv_kernel_op, inputs=(1, 0, 0, 0, 0, 1, 1, 1, None, None), outputs=(1, 1, 1), saves=9)
+stack_as_channels(ssm_conv_kernel_op, inputs=(1, 0, 0, 0, 0, 1, 1, 1, None, None, None), outputs=(1, 1, 1), saves=10)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import compute_dtype
+from hippos.ops.exporting import is_exporting
 from hippos.ops.fft_conv.spectral import fft_conv_torch
 from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, gated, ssm_conv_chunked
@@ -75,7 +76,7 @@ def ssm_conv_torch(
         return fft_conv_torch(u, taps, d, in_gate, out_gate, causal=True), u.new_empty(0)
     inputs = Inputs(u, log_a, b, c, d, in_gate, out_gate, initial_state)
     chunk_len = choose_chunk_len(batch, seqlen, n_docs=1 if bounds is None else len(bounds) - 1)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         outputs = ssm_conv_chunked(inputs, bounds, return_state=return_state, chunk_len=chunk_len)
         return outputs.y, u.new_empty(0) if outputs.state is None else outputs.state
     y, state, _, _ = ssm_conv_chunked_op(*inputs, bounds, return_state, chunk_len)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,21 @@ from hippos.ops.ssm_conv.schedule import forward_schedule
 SIGNALS = ("u", "in_gate", "out_gate")
 
 
-def forward_without_kernels(inputs: Inputs, return_state: bool) -> tuple[Tensor, Tensor]:
-    """y, and the state after the last whole chunk of the kernels, or an empty tensor."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def forward_without_kernels(inputs: Inputs, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+    """y, and the states after the last whole chunks of the kernels, or an empty tensor."""
+    if cu_seqlens is None:
+        return _forward(inputs, return_state)
+    outputs = [_forward(part, return_state) for part in _documents(inputs, cu_seqlens)]
+    ys, states = zip(*outputs, strict=True)
+    return torch.cat(ys, dim=-1), torch.cat(states)
+
+
+def _forward(inputs: Inputs, return_state: bool) -> tuple[Tensor, Tensor]:
     u, log_a = inputs.u, inputs.log_a
-    y = _run(inputs, False)[0]
+    y = _run(inputs, False)[0] if u.shape[-1] else torch.empty_like(u)
     if not return_state:
         return y, none(u)
     whole = _whole_samples(inputs)
@@ -27,9 +40,47 @@ def forward_without_kernels(inputs: Inputs, return_state: bool) -> tuple[Tensor,
 
 
 def backward_without_kernels(
-    inputs: Inputs, dout: Tensor, dstate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs: Inputs, cu_seqlens: Tensor | None, dout: Tensor, dstate: Tensor | None
+) -> Gradients:
     """Gradients of the eight input tensors; those of absent ones are empty."""
+    if cu_seqlens is None:
+        gradients = _backward(inputs, dout, dstate)
+    else:
+        parts = []
+        bounds = cu_seqlens.tolist()
+        for doc, part in enumerate(_documents(inputs, cu_seqlens)):
+            left, right = bounds[doc], bounds[doc + 1]
+            parts.append(Inputs(*_backward(part, dout[..., left:right], _row(dstate, doc))))  # type: ignore[arg-type]
+        gradients = [_join(name, [getattr(part, name) for part in parts]) for name in Inputs._fields]
+    return tuple(none(dout) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+def _join(name: str, gradients: list[Tensor | None]) -> Tensor | None:
+    """The gradient of an input from those of the documents."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return None
+    if name in SIGNALS:
+        return torch.cat(present, dim=-1)
+    return torch.cat(present) if name == "initial_state" else torch.stack(present).sum(0)
+
+
+def _row(states: Tensor | None, doc: int) -> Tensor | None:
+    return None if states is None else states[doc : doc + 1]
+
+
+def _documents(inputs: Inputs, cu_seqlens: Tensor) -> list[Inputs]:
+    bounds = enumerate(pairwise(cu_seqlens.tolist()))
+    return [
+        _cut(inputs, right, left)._replace(initial_state=_row(inputs.initial_state, doc))
+        for doc, (left, right) in bounds
+    ]
+
+
+def _backward(inputs: Inputs, dout: Tensor, dstate: Tensor | None) -> list[Tensor | None]:
+    if inputs.u.shape[-1] == 0:
+        gradients = [None if x is None else torch.zeros_like(x) for x in inputs]
+        return gradients if dstate is None or inputs.initial_state is None else [*gradients[:-1], dstate]
     gradients = list(_adjoint(inputs, dout, None))
     whole = _whole_samples(inputs)
     if dstate is not None and whole > 0:
@@ -42,7 +93,7 @@ def backward_without_kernels(
         gradients = [_sum(*both) for both in zip(gradients, more, strict=True)]
     elif dstate is not None and inputs.initial_state is not None:
         gradients[-1] = _sum(gradients[-1], dstate)
-    return tuple(none(dout) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+    return gradients
 
 
 def _sum(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -73,7 +124,7 @@ def _whole_samples(inputs: Inputs) -> int:
     return inputs.u.shape[-1] // chunk * chunk
 
 
-def _cut(inputs: Inputs, length: int) -> Inputs:
+def _cut(inputs: Inputs, end: int, begin: int = 0) -> Inputs:
     signals = {name: getattr(inputs, name) for name in SIGNALS}
-    cut = {name: None if x is None else x[..., :length] for name, x in signals.items()}
+    cut = {name: None if x is None else x[..., begin:end] for name, x in signals.items()}
     return inputs._replace(**cut)  # type: ignore[arg-type]

@@ -1,10 +1,11 @@
-"""What the GPU programs of the diagonal SSM's convolution share: scales, pairs, the scan of chunk states, tiles.
+"""What the GPU programs of the diagonal SSM's convolution share: scales, pairs, operators, the places of pieces.
 
-Names in all of them: a program owns one channel. It cuts every sequence into chunks of CHUNK samples and works on a
-tile of LANES x STEPS chunks at a time, row ``lane * STEPS + step`` of every product. The lanes of a tile are SEQUENCES
-sequences of the batch times SEGMENTS consecutive segments of each; a lane's STEPS chunks follow one another. States
-and operators are stored as (re, im) pairs along the modes and worked on as separate real and imaginary tensors. The
-schedule is derived in docs/math/flashconv.md.
+Names in all of them: a sequence is one of the batch, or one of the documents that are packed into a sequence. It is
+worked on whole, or, to fill the GPU, cut into pieces whose first states are found beforehand. A program owns one
+channel. It cuts every piece into chunks of CHUNK samples and works on a tile of LANES x STEPS chunks at a time, row
+``lane * STEPS + step`` of every product. The lanes of a tile are PIECES pieces times SEGMENTS consecutive segments of
+each; a lane's STEPS chunks follow one another. States and operators are stored as (re, im) pairs along the modes and
+worked on as separate real and imaginary tensors. The schedule is derived in docs/math/flashconv.md.
 """
 
 # ruff: noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
@@ -60,128 +61,6 @@ def from_pairs(pairs):
 
 
 @triton.jit
-def _unfold(x, COUNT: tl.constexpr):
-    """The COUNT (1, 2 or 4) tensors (n, MODES) that x (n, COUNT, MODES) holds."""
-    n: tl.constexpr = x.shape[0]
-    modes: tl.constexpr = x.shape[2]
-    if COUNT == 1:
-        return (tl.reshape(x, (n, modes)),)
-    elif COUNT == 2:
-        return tl.split(tl.permute(x, (0, 2, 1)))
-    else:
-        even, odd = tl.split(tl.permute(tl.reshape(x, (n, 2, 2, modes)), (0, 3, 1, 2)))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        return x0, x1, x2, x3
-
-
-@triton.jit
-def _fold(parts, COUNT: tl.constexpr):
-    """Undo `_unfold`."""
-    n: tl.constexpr = parts[0].shape[0]
-    modes: tl.constexpr = parts[0].shape[1]
-    if COUNT == 1:
-        return tl.reshape(parts[0], (n, 1, modes))
-    elif COUNT == 2:
-        return tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1))
-    else:
-        both = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-        return tl.reshape(tl.permute(both, (0, 2, 3, 1)), (n, 4, modes))
-
-
-@triton.jit
-def _advance(s_re, s_im, a_re, a_im, v_re, v_im):
-    """One step of the recurrence: a s + v."""
-    return a_re * s_re - a_im * s_im + v_re, a_re * s_im + a_im * s_re + v_im
-
-
-@triton.jit
-def _scan(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr):
-    """The states before each step, and the state after the last, of v (n, 1 or 2 or 4, MODES) started from carry.
-
-    Args: a: the decay over one step, (1, MODES); carry: (n, MODES).
-    """
-    COUNT: tl.constexpr = v_re.shape[1]
-    re, im = _unfold(v_re, COUNT), _unfold(v_im, COUNT)
-    if COUNT == 1:
-        end_re, end_im = _advance(carry_re, carry_im, a_re, a_im, re[0], im[0])
-        return _fold((carry_re,), 1), _fold((carry_im,), 1), end_re, end_im
-    elif COUNT == 2:
-        first: tl.constexpr = 1 if REVERSE else 0
-        mid_re, mid_im = _advance(carry_re, carry_im, a_re, a_im, re[first], im[first])
-        end_re, end_im = _advance(mid_re, mid_im, a_re, a_im, re[1 - first], im[1 - first])
-        if REVERSE:
-            return _fold((mid_re, carry_re), 2), _fold((mid_im, carry_im), 2), end_re, end_im
-        else:
-            return _fold((carry_re, mid_re), 2), _fold((carry_im, mid_im), 2), end_re, end_im
-    else:
-        start: tl.constexpr = 3 if REVERSE else 0
-        step: tl.constexpr = -1 if REVERSE else 1
-        s1_re, s1_im = _advance(carry_re, carry_im, a_re, a_im, re[start], im[start])
-        s2_re, s2_im = _advance(s1_re, s1_im, a_re, a_im, re[start + step], im[start + step])
-        s3_re, s3_im = _advance(s2_re, s2_im, a_re, a_im, re[start + 2 * step], im[start + 2 * step])
-        end_re, end_im = _advance(s3_re, s3_im, a_re, a_im, re[start + 3 * step], im[start + 3 * step])
-        if REVERSE:
-            e_re, e_im = _fold((s3_re, s2_re, s1_re, carry_re), 4), _fold((s3_im, s2_im, s1_im, carry_im), 4)
-        else:
-            e_re, e_im = _fold((carry_re, s1_re, s2_re, s3_re), 4), _fold((carry_im, s1_im, s2_im, s3_im), 4)
-        return e_re, e_im, end_re, end_im
-
-
-@triton.jit
-def _power(a_re, a_im, EXPONENT: tl.constexpr):
-    """A ** 1, 2 or 4."""
-    if EXPONENT >= 2:
-        a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
-    if EXPONENT == 4:
-        a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
-    return a_re, a_im
-
-
-@triton.jit
-def pass_states(
-    v_re, v_im, a_re, a_im, carry_re, carry_im,
-    STEPS: tl.constexpr, SEQUENCES: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """States before every chunk of a tile from the chunks' own contributions.
-
-    Scans by fours: the steps of a lane, then the lanes of a sequence in one or two levels, then back down.
-
-    Args: v (LANES, STEPS, MODES); a, the decay over a chunk, (1, MODES); carry (SEQUENCES, MODES), the state before.
-    Returns: the states (LANES, STEPS, MODES) and the carry after the tile, each as re, im.
-    """
-    if SEGMENTS == 1:
-        return _scan(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE)
-    else:
-        modes: tl.constexpr = v_re.shape[2]
-        lanes: tl.constexpr = SEQUENCES * SEGMENTS
-        inner: tl.constexpr = min(SEGMENTS, 4)
-        outer: tl.constexpr = SEGMENTS // inner
-        none = tl.zeros((lanes, modes), tl.float32)
-        _, _, lane_re, lane_im = _scan(v_re, v_im, a_re, a_im, none, none, REVERSE)
-        lane_re = tl.reshape(lane_re, (SEQUENCES * outer, inner, modes))
-        lane_im = tl.reshape(lane_im, (SEQUENCES * outer, inner, modes))
-        lane_a_re, lane_a_im = _power(a_re, a_im, STEPS)
-        if outer == 1:
-            start_re, start_im, carry_re, carry_im = _scan(
-                lane_re, lane_im, lane_a_re, lane_a_im, carry_re, carry_im, REVERSE
-            )
-        else:
-            none = tl.zeros((SEQUENCES * outer, modes), tl.float32)
-            _, _, far_re, far_im = _scan(lane_re, lane_im, lane_a_re, lane_a_im, none, none, REVERSE)
-            far_re = tl.reshape(far_re, (SEQUENCES, outer, modes))
-            far_im = tl.reshape(far_im, (SEQUENCES, outer, modes))
-            far_a_re, far_a_im = _power(lane_a_re, lane_a_im, inner)
-            far_re, far_im, carry_re, carry_im = _scan(far_re, far_im, far_a_re, far_a_im, carry_re, carry_im, REVERSE)
-            far_re = tl.reshape(far_re, (SEQUENCES * outer, modes))
-            far_im = tl.reshape(far_im, (SEQUENCES * outer, modes))
-            start_re, start_im, _, _ = _scan(lane_re, lane_im, lane_a_re, lane_a_im, far_re, far_im, REVERSE)
-        start_re, start_im = tl.reshape(start_re, (lanes, modes)), tl.reshape(start_im, (lanes, modes))
-        e_re, e_im, _, _ = _scan(v_re, v_im, a_re, a_im, start_re, start_im, REVERSE)
-        return e_re, e_im, carry_re, carry_im
-
-
-@triton.jit
 def load_toeplitz(ptr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The (CHUNK, CHUNK) operator of the filter's first taps, [j, i] = K[i - j] (transposed: [i, j])."""
     rows, cols = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
@@ -209,9 +88,19 @@ def to_operand(values, exponent, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, sequence, stride_b, start, mask, CHUNK: tl.constexpr, AGAIN: tl.constexpr = False):
+def row_places(delta, stride_b, start, CHUNK: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Offsets of a tile's samples from those of the tile's first sequence: 32 bits while they hold them."""
+    rows = delta.to(tl.int64) * stride_b + start if IS_WIDE else delta * stride_b + start
+    return rows[:, None] + tl.arange(0, CHUNK)[None, :]
+
+
+@triton.jit
+def load_rows(
+    ptr, sequence, delta, stride_b, start, mask,
+    CHUNK: tl.constexpr, IS_WIDE: tl.constexpr, AGAIN: tl.constexpr = False,
+):  # fmt: skip
     """The chunks of a tile as rows. With AGAIN, a modifier keeps the compiler from merging this read with another."""
-    at = ptr + (sequence * stride_b + start)[:, None] + tl.arange(0, CHUNK)[None, :]
+    at = (ptr + sequence * stride_b) + row_places(delta, stride_b, start, CHUNK, IS_WIDE)
     return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca" if AGAIN else "").to(tl.float32)
 
 
@@ -225,13 +114,71 @@ def scaled_operand(values, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
 
 
 @triton.jit
-def place_rows(
-    group, tile, is_item, batch, seqlen,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEQUENCES: tl.constexpr,
+def find_pieces(
+    piece, seqlen, n_total, n_pieces, piece_len, table_ptr,
+    WHOLE: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Sequence and first sample of every row of a tile, and the mask of its samples."""
+    """Where pieces lie: sequence in memory, first sample, and whose states they begin and end.
+
+    Args: piece: indices of any one-dimensional shape, also past the last. Others as in `ssm_conv_fwd_kernel`.
+    Returns: the sequence in memory (int64); the first sample in it; whose state it is; whether the piece begins with
+    the initial state; the samples before the last whole chunk of WHOLE samples ends, or -1 if the final state is
+    another piece's.
+    """
+    is_piece = piece < n_total
+    if HAS_TABLE:
+        first = tl.load(table_ptr + piece, mask=is_piece, other=0)
+        length = tl.load(table_ptr + n_total + piece, mask=is_piece, other=0)
+        owner = tl.load(table_ptr + 2 * n_total + piece, mask=is_piece, other=0)
+        place = tl.load(table_ptr + 3 * n_total + piece, mask=is_piece, other=0)
+        end = tl.where((place & 2) != 0, length // WHOLE * WHOLE, -1)
+        return (piece * 0).to(tl.int64), first, owner.to(tl.int64), (place & 1) != 0, end
+    else:
+        sequence = (piece // n_pieces).to(tl.int64)
+        first = piece % n_pieces * piece_len
+        is_last = is_piece & (piece % n_pieces == n_pieces - 1)
+        end = tl.where(is_last, (seqlen - first) // WHOLE * WHOLE, -1)
+        return sequence, first, sequence, is_piece & (first == 0), end
+
+
+@triton.jit
+def place_rows(
+    group, tile, is_item, seqlen, n_total, n_pieces, piece_len, table_ptr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
+    HAS_TABLE: tl.constexpr, IS_FULL: tl.constexpr,
+):  # fmt: skip
+    """The first sequence of a tile, each row's sequence after it, its first sample, and the mask of its samples.
+
+    IS_FULL promises that all tiles of all pieces hold samples everywhere; item then has to exist.
+    """
     rows = tl.arange(0, ROWS)
-    sequence = (group * SEQUENCES + rows // TILE).to(tl.int64)
-    start = (tile * TILE + rows % TILE) * CHUNK
-    mask = (is_item & (sequence < batch))[:, None] & (start[:, None] + tl.arange(0, CHUNK)[None, :] < seqlen)
-    return sequence, start, mask
+    piece = group * PIECES + rows // TILE
+    offset = (tile * TILE + rows % TILE) * CHUNK
+    if HAS_TABLE:
+        is_row = is_item & (piece < n_total)
+        first = tl.load(table_ptr + piece, mask=is_row, other=0)
+        length = tl.load(table_ptr + n_total + piece, mask=is_row, other=0)
+        mask = is_row[:, None] & (offset[:, None] + tl.arange(0, CHUNK)[None, :] < length[:, None])
+        return (group * 0).to(tl.int64), piece * 0, first + offset, mask
+    else:
+        sequence = group * PIECES // n_pieces
+        start = piece % n_pieces * piece_len + offset
+        if IS_FULL:
+            mask = tl.full((ROWS, CHUNK), True, tl.int1)
+        else:
+            is_row = is_item & (piece < n_total)
+            mask = is_row[:, None] & (start[:, None] + tl.arange(0, CHUNK)[None, :] < seqlen)
+        return sequence.to(tl.int64), piece // n_pieces - sequence, start, mask
+
+
+@triton.jit
+def saved_place(
+    piece, offset, n_pieces, piece_len, n_saved, n_heads, channel, SPAN: tl.constexpr, HAS_TABLE: tl.constexpr
+):
+    """Index of the saved state before sample ``offset`` of a piece; negative for samples past the sequence's end."""
+    if HAS_TABLE:
+        return (piece.to(tl.int64) * n_heads + channel) * n_saved + offset // SPAN
+    else:
+        cell = (piece % n_pieces * piece_len + offset) // SPAN
+        at = ((piece // n_pieces).to(tl.int64) * n_heads + channel) * n_saved + cell
+        return tl.where(cell < n_saved, at, -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hippos.errors import UnsupportedError
+from hippos.ops.exporting import is_exporting
 from hippos.ops.modes import Modes, filter_taps, filter_taps_adjoint
 from hippos.ops.powers import power_tables
 from hippos.ops.precision import without_autocast
@@ -21,7 +22,7 @@ from hippos.ops.stacking import stack_as_channels
 
 def ssm_filter_torch(log_a: Tensor, b: Tensor, c: Tensor, filter_len: int) -> Tensor:
     """Arguments as in `ssm_filter`."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return ssm_filter_two_level(log_a, b, c, filter_len)
     taps: Tensor
     if is_small(log_a, filter_len):
