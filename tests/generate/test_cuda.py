@@ -61,6 +61,7 @@ def test_captured_steps_write_what_transformers_writes(shape):
     ("batch", "dtype"), [(1, torch.bfloat16), (5, torch.bfloat16), (64, torch.float16), (65, torch.bfloat16)]
 )
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[4]])
+@torch.no_grad()
 def test_fused_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
     exact = make_model(**shape)
     model = make_model(**shape, dtype=dtype)

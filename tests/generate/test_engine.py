@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, RepetitionPenalt
 from hippos import H3Config, H3ForCausalLM
 from hippos.errors import CheckpointError, ConfigError, OutOfMemoryError, PromptError, UnsupportedError
 from hippos.generate import Generator, Sampling, generate
+from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.memory import largest_batch
 from hippos.generate.sampling import Sampler
 from hippos.generate.state import GenerationState, n_bytes_of_row
@@ -176,6 +177,26 @@ def test_the_end_token_ends_a_row_and_padding_follows(make_model, ids):
     assert torch.equal(other.tokens, free.tokens)
     several = generate(model, prompts, max_new_tokens=N_NEW, eos_token_id=[eos, int(free.tokens[0, 1])])
     assert several.lengths[0] <= 2
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_rows_that_have_ended_are_dropped(make_model, ids, shape, monkeypatch):
+    model, prompts = make_model(**shape), [ids(n) for n in (4, 7, 2, 9, 5)]
+    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 80, "log_probs": True}
+    batches = []
+    advance = H3Decoder.advance
+    monkeypatch.setattr(
+        H3Decoder, "advance", lambda self, tokens: (batches.append(len(tokens)), advance(self, tokens))[1]
+    )
+    together = generate(model, prompts, eos_token_id=range(0, 97, 8), **options)
+    assert batches[0] == 5
+    assert batches[-1] == 1
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], eos_token_id=range(0, 97, 8), rows=[row], **options)
+        n = int(alone.lengths[0])
+        assert together.lengths[row] == n
+        assert torch.equal(together.tokens[row, :n], alone.tokens[0])
+        torch.testing.assert_close(together.log_probs[row, :n], alone.log_probs[0], rtol=1e-5, atol=1e-5)
 
 
 def test_all_rows_ended_ends_the_work(make_model, ids):

@@ -115,11 +115,16 @@ def test_parts_are_added_and_normalised(generator, device, dtype, batch, n_rows,
 @dtypes
 @pytest.mark.parametrize(("n_heads", "head_dim"), [(2, 64), (3, 16), (1, 80)])
 @pytest.mark.parametrize("lengths", [[0], [5, 0, 40], [299, 128, 127, 1]])
-def test_attention(generator, device, dtype, n_heads, head_dim, lengths):
+@pytest.mark.parametrize("layout", ["one product", "turned queries and keys", "transposed"])
+def test_attention(generator, device, dtype, n_heads, head_dim, lengths, layout):
     skip_interpreted_bfloat16(device, dtype)
     batch, context = len(lengths), 300
     tokens = draw(generator, batch, 3 * n_heads * head_dim, device=device, dtype=dtype)
     q, k, v = tokens.view(batch, 3, n_heads, head_dim).unbind(1)
+    if layout == "turned queries and keys":
+        q, k = q.clone(memory_format=torch.contiguous_format), k.clone(memory_format=torch.contiguous_format)
+    elif layout == "transposed":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     keys, values = (draw(generator, batch, n_heads, context, head_dim, device=device, dtype=dtype) for _ in range(2))
     for row, length in enumerate(lengths):  # what lies behind a text must not matter, whatever it is
         keys[row, :, length:] = values[row, :, length:] = float("nan")

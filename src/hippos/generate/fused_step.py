@@ -114,8 +114,7 @@ def _attend(mixer: CachedSelfAttention, projected: Tensor, cache: KeyValues, len
     q, k, v = projected.view(len(projected), 3, mixer.n_heads, mixer.head_dim).unbind(1)  # (B, H, P)
     if mixer.rotary_dim:
         angles = rotary_angles(lengths.unsqueeze(1), mixer.rotary_dim, mixer.rotary_base, q.dtype)
-        q, k = (apply_rotary(x.unsqueeze(2), angles).squeeze(2).contiguous() for x in (q, k))
-        v = v.contiguous()
+        q, k = (apply_rotary(x.unsqueeze(2), angles).squeeze(2) for x in (q, k))
     return attention_step(q, k, v, cache.keys, cache.values, lengths).flatten(1)
 
 

@@ -61,6 +61,9 @@ class GraphSteps:
         self._n_given += 1
         return slot.read()
 
+    def end(self, row: int) -> None:
+        """Nothing is to be done: the graph computes all rows, and what comes of this one is dropped."""
+
     def _choose(self) -> None:
         logits = self.decoder.logits()
         self._tokens.copy_(self._sampler.choose(logits, self.decoder.seen))

@@ -111,6 +111,12 @@ class Sampler:
         self._generators = [torch.Generator().manual_seed(_row_seed(self.seed, row)) for row in numbers]
         self._n_used = _STEPS_AHEAD
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows, in this order, each with its own draws."""
+        self.batch = len(rows)
+        self._generators = [self._generators[row] for row in rows]
+        self._draws = self._draws[:, list(rows)]
+
     def prepare(self) -> None:
         """Have the random numbers of the next `choose` on the device; to be called before each, outside of a graph."""
         if self.is_greedy:

@@ -189,6 +189,8 @@ class TokenStream(Iterator[NewTokens]):
         if reason in ("eos", "length") and writer is not None and writer.finish():
             reason = "stop"
         self.finish_reasons[row] = reason
+        if reason is not None:
+            self._steps.end(row)
 
 
 class _Writer:

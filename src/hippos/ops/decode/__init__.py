@@ -148,8 +148,9 @@ def attention_step(
     """Attend with one query of each text to the tokens before it and to itself, reading no more of the cache.
 
     Args:
-        q: Queries, shape (B, H, P), scaled by 1/sqrt(P) here; heads and coordinates contiguous, rows of any stride.
-        k: Keys of the same tokens, same shape and strides; they join the cache.
+        q: Queries, shape (B, H, P), scaled by 1/sqrt(P) here. Nothing is copied if q, k and v have the same strides
+            and are contiguous but for the rows, as parts of one product are.
+        k: Keys of the same tokens, same shape; they join the cache.
         v: Their values.
         keys: The cache, shape (B, H, T, P), contiguous, lengths below T.
         values: Same shape.

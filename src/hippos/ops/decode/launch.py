@@ -165,6 +165,9 @@ def add_norm_launch(
 def attention_step_launch(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Arguments as in `attention_step`."""
     batch, n_heads, context, head_dim = keys.shape
+    strides = {tensor.stride() for tensor in (q, k, v)}
+    if len(strides) > 1 or q.stride()[1:] != (head_dim, 1):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     splits = max(min(_PROGRAMS_WANTED // (batch * n_heads), context // _SPLIT_TOKENS, _MOST_SPLITS), 1)
     y = torch.empty(batch, n_heads, head_dim, dtype=q.dtype, device=q.device)
     parts = torch.empty(batch * n_heads, splits, head_dim + 2, dtype=torch.float32, device=q.device)
