@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -114,6 +115,16 @@ class TestInterpreted:
             inputs = (u.to(dtype) * scale, taps / scale)
             wanted = fft_conv(*(x.double() for x in inputs), impl="reference")
             assert relative_error(fft_conv(*inputs, impl="triton"), wanted) < limit
+
+    def test_a_spectrum_put_aside(self):
+        from hippos.ops.fft_conv.launch import Inputs, fft_conv_bwd
+
+        inputs = make_inputs(5, 1, 250, 200, torch.float16, absent=(2,))
+        dout = Draw(seed=1).normal(5, 1, 250).bfloat16()
+        plan = replace(backward_plan(250, torch.float16, torch.device("cpu")), keeps_spectrum=True)
+        found = fft_conv_bwd(Inputs(*inputs), dout.half(), True, wants_filter=True, plan=plan)
+        wanted = run(inputs, "torch", dtype=torch.float64)
+        assert_accurate(inputs, [wanted[0], *(x if x.numel() else None for x in found)], wanted)
 
     @pytest.fixture
     def short_is_long(self, monkeypatch):

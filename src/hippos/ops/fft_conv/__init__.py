@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import Impl, check_impl, check_signal, check_tensor
+from hippos.ops.exporting import is_exporting
 from hippos.ops.fft_conv.autograd import fft_conv_triton, why_not_triton
 from hippos.ops.fft_conv.reference import fft_conv_reference
 from hippos.ops.fft_conv.spectral import fft_conv_torch
@@ -36,8 +37,8 @@ def fft_conv(
         in_gate: Factor on the input, shape (B, H, L), any strides.
         out_gate: Factor on the output, shape (B, H, L), any strides.
         causal: False wraps around.
-        impl: "auto" takes "torch", which runs on any device. "triton" runs the GPU kernels, on CUDA tensors; they copy
-            a signal whose last stride is not 1.
+        impl: "auto" takes "triton" on GPUs wherever it can, unless a program is exported, and "torch" elsewhere. The
+            kernels of "triton" copy a signal whose last stride is not 1.
 
     Returns:
         Output, shape (B, H, L), dtype of ``u``.
@@ -45,8 +46,9 @@ def fft_conv(
     Raises:
         TypeError: If a tensor is not of a floating dtype.
         ValueError: If shapes or devices disagree, L is 0, the filter is empty or longer than L, or ``impl`` is unknown.
-        UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64, or the
-            sequence is longer than the kernels take.
+        UnsupportedError: If ``impl="triton"`` and the tensors are not on an NVIDIA GPU of compute capability 8.0 or
+            more, signals are float64, or L (circular: L + K - 1) is above 2**20 (2**19 in float32 and where a program
+            may not use 227 KB of shared memory).
 
     Source:
         Fu et al. 2023 (arXiv:2212.14052), section 4; the kernels are derived in docs/math/fft_conv.md.
@@ -70,7 +72,10 @@ def fft_conv(
 
 def _takes_triton(u: Tensor, ssm_filter: Tensor, gates: tuple[Tensor | None, ...], causal: bool, impl: Impl) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
-    # "auto" leaves them alone until all their tests have passed on a GPU.
+    if impl == "auto":
+        # The interpreter is for the kernels' own tests; an exported program must run anywhere.
+        is_wanted = u.is_cuda and not is_exporting()
+        return is_wanted and why_not_triton(u, ssm_filter, gates, causal) is None
     if impl != "triton":
         return False
     obstacle = why_not_triton(u, ssm_filter, gates, causal)

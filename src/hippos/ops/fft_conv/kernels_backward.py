@@ -22,15 +22,16 @@ from hippos.ops.fft_conv.kernels import (
 @triton.jit(do_not_specialize=["batch", "n_heads", "per_program"])
 def fft_conv_bwd_kernel(
     u_ptr, in_gate_ptr, out_gate_ptr, dout_ptr, du_ptr, din_ptr, dgate_ptr,
-    spectrum_ptr, exponents_ptr, matrices_ptr, dspectrum_ptr,
+    spectrum_ptr, exponents_ptr, matrices_ptr, dspectrum_ptr, kept_ptr,
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, d_stride_b, d_stride_h,
     batch, n_heads, seqlen, per_program,
     ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr, PLANES: tl.constexpr, MATRIX: tl.constexpr,
-    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, WANTS_FILTER: tl.constexpr,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, WANTS_FILTER: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u and of the gates, and one summand (split, channel) of the gradient of the filter's spectrum.
 
-    All gradients of signals and ``dout`` share the strides ``d_stride``.
+    All gradients of signals and ``dout`` share the strides ``d_stride``. KEEPS puts the input's spectrum aside, in
+    float16 and memory of the program's own, until it is wanted again: the compiler would spill twice as much.
     """
     splits = tl.cdiv(batch, per_program)
     channel = (tl.program_id(0) // splits).to(tl.int64)
@@ -41,6 +42,8 @@ def fft_conv_bwd_kernel(
     out_gate_ptr += channel * out_stride_h
     spectrum_ptr += channel * (2 * ROWS * COLS)
     dspectrum_ptr += (split * n_heads + channel) * (2 * ROWS * COLS)
+    kept_ptr += (split * n_heads + channel) * (2 * ROWS * COLS)
+    KEPT_SCALE: tl.constexpr = 64 / (ROWS * COLS)  # magnitudes are at most 2**8 ROWS COLS
     filter_exponent = tl.load(exponents_ptr + channel)
     at = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     row_matrix = load_matrix(matrices_ptr, ROWS, MATRIX)
@@ -55,6 +58,8 @@ def fft_conv_bwd_kernel(
                 x *= load_samples(at_in, seqlen, ROWS, COLS)
             x_exponent = exponent_below(tl.max(tl.abs(x)), 8)
             x_re, x_im = transform(x * two_to(x_exponent), row_matrix, col_matrix, ROWS, COLS, SHIFT, PLANES, MATRIX)
+            if KEEPS:
+                store_spectrum(kept_ptr, x_re * KEPT_SCALE, x_im * KEPT_SCALE, ROWS, COLS)
         if HAS_OUT:
             filter_re, filter_im = load_spectrum(spectrum_ptr, ROWS, COLS)
             re, im = x_re * filter_re - x_im * filter_im, x_re * filter_im + x_im * filter_re
@@ -70,6 +75,9 @@ def fft_conv_bwd_kernel(
         exponent = exponent_below(tl.max(tl.abs(e)), 8)
         e_re, e_im = transform(e * two_to(exponent), row_matrix, col_matrix, ROWS, COLS, SHIFT, PLANES, MATRIX)
         if WANTS_FILTER:
+            if KEEPS:
+                x_re, x_im = load_spectrum(kept_ptr, ROWS, COLS)
+                x_re, x_im = x_re * (1 / KEPT_SCALE), x_im * (1 / KEPT_SCALE)
             re, im = x_re * e_re + x_im * e_im, x_re * e_im - x_im * e_re
             scale, unscale = two_to(-x_exponent), two_to(-exponent)
             before = tl.load(dspectrum_ptr + at, mask=(at >= 0) & (step > 0), other=0.0)

@@ -123,14 +123,16 @@ def fft_conv_bwd(
     per_program = plan.per_program(n_heads, batch, most_splits=-(-batch // 4) if wants_filter else None)
     splits = -(-batch // per_program)
     dspectrum = torch.empty((splits, n_heads, 2, plan.rows, plan.cols) if wants_filter else (0,), device=device)
+    keeps = wants_filter and plan.keeps_spectrum
+    kept = torch.empty_like(dspectrum, dtype=torch.float16) if keeps else dspectrum
     gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
     fft_conv_bwd_kernel[(n_heads * splits,)](
         u, gate_in, gate_out, dout, du, du if in_gate is None else din, du if out_gate is None else dgate,
-        *spectrum, dspectrum,
+        *spectrum, dspectrum, kept,
         *u.stride()[:2], *gate_in.stride()[:2], *gate_out.stride()[:2], *du.stride()[:2],
         batch, n_heads, seqlen, per_program,
         ROWS=plan.rows, COLS=plan.cols, SHIFT=int(causal), PLANES=plan.planes, MATRIX=plan.matrix_planes,
-        HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None, WANTS_FILTER=wants_filter,
+        HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None, WANTS_FILTER=wants_filter, KEEPS=keeps,
         num_warps=plan.num_warps, num_stages=plan.stages,
     )  # fmt: skip
     if not wants_filter:

@@ -39,6 +39,7 @@ def fft_conv_long_fwd(inputs: Inputs, causal: bool, *, plan: LongPlan | None = N
         z = level.columns(u[:, cut], None if in_gate is None else in_gate[:, cut])
         level.rows(z, spectrum, batch=batch, forward=True, back=True)
         level.columns_back(z, y[:, cut], None if out_gate is None else out_gate[:, cut])
+        del spectrum, z  # before the next group's are made
     return y
 
 
@@ -64,6 +65,7 @@ def fft_conv_long_bwd(
         if wants_filter:
             level.rows(dspectrum, dspectrum, batch=1, forward=False, back=True, planes=(2, 2))
             level.columns_back(dspectrum, dfilter[cut].unsqueeze(0), None, planes=(2, 2))
+        del spectrum, e, x, dspectrum  # before the next group's are made
     dd = dfilter[:, 0].clone() if wants_filter and d is not None else none(u)
     return du, dfilter, dd, none(u) if din is None else din, none(u) if dgate is None else dgate
 

@@ -21,6 +21,7 @@ class Plan:
         programs: Programs to aim at; a program takes sequences of one channel in turn.
         planes: Float16 parts of the samples and their spectra.
         matrix_planes: Float16 parts of the DFT matrices.
+        keeps_spectrum: Whether the backward kernel puts the input's spectrum aside for the filter's gradient.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Plan:
     programs: int = 2112
     planes: int = 1
     matrix_planes: int = 1
+    keeps_spectrum: bool = False
 
     @property
     def n_fft(self) -> int:
@@ -58,10 +60,10 @@ _BACKWARD = (
     Plan(32, 32, 2, 2, 1056),
     Plan(64, 32, 4, 2, 1056),
     Plan(128, 32, 8, 2, 1056),
-    Plan(128, 64, 8, 1, 1056),
+    Plan(128, 64, 8, 1, 768, keeps_spectrum=True),
 )
 # Gradients may err three times as much as float32 rounded to float16, outputs four times.
-_BACKWARD_FLOAT16 = tuple(replace(plan, stages=1, matrix_planes=2) for plan in _BACKWARD)
+_BACKWARD_FLOAT16 = tuple(replace(plan, stages=1, matrix_planes=2, keeps_spectrum=False) for plan in _BACKWARD)
 _FLOAT32 = tuple(
     Plan(rows, cols, num_warps, 1, programs, planes=2, matrix_planes=2)
     for rows, cols, num_warps, programs in (
