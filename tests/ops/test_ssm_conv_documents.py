@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from hippos.ops import ssm_conv
+from hippos.ops.ssm_conv.autograd import ssm_conv_triton
 from hippos.ops.ssm_conv.documents import finish_documents
 from tests.ops.ssm_cases import PACKED, Draw, relative_error
 
@@ -55,3 +56,23 @@ def test_wrong_offsets_are_brought_into_range():
     for offsets in ([-7, 30], [2**31 - 1, -(2**31)], [15, 3]):
         x = finish_documents(torch.zeros(1, 2, 3, 2), u, None, modes[0], modes[1], torch.tensor(offsets), CHUNK)
         assert x.shape == (1, 2, 3, 2)
+
+
+def test_packed_documents_compile_without_reading_their_offsets():
+    # Without a GPU the kernels' operator runs the definition, so the code around it compiles here as it does there.
+    random = Draw(dtype=torch.float32)
+    u, gate = random.normal(1, 2, 40), random.normal(1, 2, 40)
+    log_a, b, c = (x.requires_grad_() for x in random.modes(2, 3))
+    cu_seqlens = torch.tensor([0, 7, 7, 40])
+
+    def call(log_a, b, c):
+        return ssm_conv_triton(u, log_a, b, c, None, gate, None, None, cu_seqlens, True)
+
+    y, state = torch.compile(call, fullgraph=True, backend="aot_eager")(log_a, b, c)
+    found = torch.autograd.grad(y.sum() + state.square().sum(), (log_a, b, c))
+    wanted_y, wanted_state = ssm_conv(
+        u, log_a, b, c, in_gate=gate, cu_seqlens=cu_seqlens, return_state=True, impl="reference"
+    )
+    wanted = torch.autograd.grad(wanted_y.sum() + wanted_state.square().sum(), (log_a, b, c))
+    pairs = zip((y, state, *found), (wanted_y, wanted_state, *wanted), strict=True)
+    assert all(relative_error(one, other) < 1e-5 for one, other in pairs)
