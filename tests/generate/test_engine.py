@@ -112,7 +112,7 @@ def test_ragged_prompts_in_any_form(make_model, ids, shape, chunk_len):
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
-def test_static_cache_and_compile_of_transformers_write_the_same(make_model, ids, shape):
+def test_the_static_cache_of_transformers_writes_the_same(make_model, ids, shape):
     model, prompt = make_model(**shape), ids(2, 6)
     expected = model.generate(prompt, max_new_tokens=N_NEW, do_sample=False, cache_implementation="static")
     assert torch.equal(generate(model, prompt, max_new_tokens=N_NEW).sequences, expected)

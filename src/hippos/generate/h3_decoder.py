@@ -142,7 +142,7 @@ class H3Decoder:
         lengths = self.state.lengths
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if u.device.type == "cpu":
+            if u.device.type != "cuda":
                 return _attend_step(q, k, v, cache, lengths, self.state.n_tokens)
             # The host's counts must not matter here: the step may become part of a CUDA graph.
             impl: StepImpl = "reference" if u.dtype == torch.float64 else "triton"

@@ -126,7 +126,8 @@ def rows_linear(
 
 def _overlap(x: Tensor) -> dict[str, Any]:
     """Arguments of a launch that may overlap with the one before, where the GPU can (Hopper and newer)."""
-    can = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    is_nvidia = x.device.type == "cuda" and torch.version.hip is None
+    can = is_nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"OVERLAPS": can, "launch_pdl": True} if can else {"OVERLAPS": False}
 
 
