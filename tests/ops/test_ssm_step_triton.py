@@ -182,9 +182,11 @@ class TestGpu:
         compiled = torch.compile(h3_step_prepared, fullgraph=True)
         for qkv in tokens:
             wanted = h3_step_prepared(*qkv, states[0], operators, ring_position=position)
-            assert torch.equal(compiled(*qkv, states[1], operators, ring_position=position), wanted)
+            found = compiled(*qkv, states[1], operators, ring_position=position)
+            assert relative_error(found, wanted) < 1e-3  # layouts, hence the order of sums, may differ
             position += 1
-        assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+        assert torch.equal(states[0].shift, states[1].shift)
+        assert relative_error(states[0].diag, states[1].diag) < 1e-6
 
     def test_opcheck(self):
         layer, state, tokens = make_case(2, 30, 4, 2, torch.float32, "cuda")

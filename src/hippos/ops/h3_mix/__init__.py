@@ -6,7 +6,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from hippos.errors import UnsupportedError
 from hippos.ops.arguments import Impl, check_impl, check_modes, check_signal, check_tensor, document_bounds
+from hippos.ops.exporting import is_exporting
+from hippos.ops.h3_mix.autograd import h3_mix_triton, why_not_triton
 from hippos.ops.h3_mix.chunked import h3_mix_torch
 from hippos.ops.h3_mix.reference import h3_mix_reference
 from hippos.ops.h3_mix.state import H3State, check_state
@@ -115,7 +118,8 @@ def h3_mix(
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
-        impl: "auto" takes "torch".
+        impl: "auto" takes the Triton kernels on CUDA tensors that they support and "torch" elsewhere and for export.
+            The kernels read signals of any strides whose last is 1, copy others, and lay y out in memory like ``q``.
 
     Returns:
         ``y``, shape (B, D, L), dtype of ``q``, channel order (h, j); with ``return_state``, ``(y, H3State)``.
@@ -124,12 +128,15 @@ def h3_mix(
         TypeError: If a tensor's dtype is none of those named above, or ``initial_state`` is no H3State.
         ValueError: If shapes, dtypes of q, k, v, or devices disagree, L is 0, ``head_dim`` does not fit, or
             ``cu_seqlens`` does not describe the sequence, or ``impl`` is unknown.
-        UnsupportedError: If ``impl="triton"``.
+        UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64,
+            ``cu_seqlens`` is given, ``head_dim`` is larger than 1, or there are more than 128 taps or 64 modes (32 in
+            float32).
 
     Source:
-        Fu et al. 2023 (arXiv:2212.14052), section 3 (algorithm 1) and section 4; docs/math/state_passing.md.
+        Fu et al. 2023 (arXiv:2212.14052), section 3 (algorithm 1) and section 4; docs/math/state_passing.md, and of the
+        kernels docs/math/flashconv.md.
     """
-    check_impl("h3_mix", impl)
+    check_impl("h3_mix", impl, has_triton=True)
     check_signal("q", q)
     batch, d_model, seqlen = q.shape
     for name, signal in (("k", k), ("v", v)):
@@ -143,11 +150,26 @@ def h3_mix(
         check_state("initial_state", initial_state, n_states, shift_filter, log_a, head_dim)
     arguments = (q, k, v, shift_filter, shift_d, log_a, b, c, d, head_dim, initial_state, bounds)
     state: H3State | None
-    if impl == "reference":
+    if _takes_triton(q, shift_filter, log_a, head_dim, bounds, impl):
+        y, state = h3_mix_triton(q, k, v, shift_filter, shift_d, log_a, b, c, d, initial_state, return_state)
+    elif impl == "reference":
         y, state = h3_mix_reference(*arguments)
     else:
         y, state = h3_mix_torch(*arguments, return_state)
     return y if state is None or not return_state else (y, state)
+
+
+def _takes_triton(
+    q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: list[int] | None, impl: Impl
+) -> bool:
+    """Whether the kernels run; raises if they were asked for and cannot."""
+    is_chosen = impl == "auto" and q.is_cuda and not is_exporting()
+    if impl != "triton" and not is_chosen:
+        return False
+    obstacle = why_not_triton(q, shift_filter, log_a, head_dim, bounds)
+    if obstacle is not None and impl == "triton":
+        raise UnsupportedError(f"h3_mix cannot run with impl='triton': {obstacle}; impl='torch' can")
+    return obstacle is None
 
 
 def check_mix_parameters(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import compute_dtype
-from hippos.ops.h3_mix.shift_conv import shift_conv
+from hippos.ops.h3_mix.shift_conv import shift_conv, with_skip
 from hippos.ops.h3_mix.state import H3State, last_keys
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
 
@@ -29,16 +29,14 @@ def h3_mix_torch(
     """Arguments as in `h3_mix`, but ``bounds``, the documents' offsets on the host; the state is None if not wanted."""
     dtype = compute_dtype(q)
     past, entering = (None, None) if initial_state is None else initial_state
-    taps = shift_filter.to(dtype)
-    taps = torch.cat((taps[:, :1] + shift_d.to(dtype).unsqueeze(-1), taps[:, 1:]), dim=-1)
-    shifted = shift_conv(k, taps, past, bounds)
+    shifted = shift_conv(k, with_skip(shift_filter.to(dtype), shift_d.to(dtype)), past, bounds)
     if head_dim == 1:
         y, diag = ssm_conv_torch(v, log_a, b, c, d, shifted, q, entering, bounds, return_state)
     else:
         y, diag = _mix_heads(q, shifted, v, log_a, b, c, d, head_dim, entering, bounds, return_state)
     if not return_state:
         return y, None
-    return y, H3State(_kept_keys(k, past, shift_filter.shape[-1] - 1, bounds), diag)
+    return y, H3State(kept_keys(k, past, shift_filter.shape[-1] - 1, bounds), diag)
 
 
 def _mix_heads(
@@ -79,7 +77,7 @@ def _mix_heads(
     return y, grid.permute(2, 3, 0, 1, 4, 5).contiguous()
 
 
-def _kept_keys(k: Tensor, past: Tensor | None, n_kept: int, bounds: list[int] | None) -> Tensor:
+def kept_keys(k: Tensor, past: Tensor | None, n_kept: int, bounds: list[int] | None) -> Tensor:
     """The last ``n_kept`` keys of each sequence or document, those before it included, oldest first."""
     batch, d_model, seqlen = k.shape
     if bounds is None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
+from hippos.ops.exporting import is_exporting
 from hippos.ops.precision import without_autocast
 from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.stacking import stack_as_channels
@@ -38,9 +39,14 @@ def shift_conv(k: Tensor, taps: Tensor, past: Tensor | None, bounds: list[int] |
     if past is None and bounds is None and k.shape[-1] <= SHORT_LEN:
         dtype = compute_dtype(k)
         return short_conv(k.to(dtype), taps.to(dtype))
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return shift_conv_chunked(k, taps, past, bounds)
     return shift_conv_op(k, taps, past, bounds)
+
+
+def with_skip(shift_filter: Tensor, shift_d: Tensor) -> Tensor:
+    """The taps (D, N) of a shift SSM with its skip weight (D,) in the first."""
+    return torch.cat((shift_filter[:, :1] + shift_d.unsqueeze(-1), shift_filter[:, 1:]), dim=-1)
 
 
 def shift_conv_chunked(k: Tensor, taps: Tensor, past: Tensor | None, bounds: list[int] | None) -> Tensor:
@@ -66,7 +72,7 @@ def _windows(k: Tensor, taps: Tensor, past: Tensor | None, chunks: Chunks) -> Te
     return torch.cat((chunks.shift_down(tails, first), rows), dim=-1)
 
 
-def _shift_conv_adjoint(
+def shift_conv_adjoint(
     k: Tensor, taps: Tensor, past: Tensor | None, bounds: list[int] | None, d_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of k, taps and past from that of the output of `shift_conv_chunked`."""
@@ -107,7 +113,7 @@ def shift_conv_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, taps and past (empty if there is none)."""
     with without_autocast(k.device):
-        d_k, d_taps, d_past = _shift_conv_adjoint(k, taps, past, bounds, d_y)
+        d_k, d_taps, d_past = shift_conv_adjoint(k, taps, past, bounds, d_y)
     return d_k, d_taps, k.new_empty(0) if d_past is None else d_past
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_impl, check_modes, check_tensor
+from hippos.ops.exporting import is_exporting
 from hippos.ops.h3_mix import check_mix_parameters
 from hippos.ops.h3_mix.state import H3State, check_state
 from hippos.ops.ssm_step.in_place import DiagonalStep, H3Step, h3_step_in_place, ssm_step_in_place
@@ -229,7 +230,7 @@ def _step(
     ring_position: Tensor | None,
     impl: Impl,
 ) -> Tensor:
-    if impl == "triton" or (impl == "auto" and q.is_cuda and not torch.compiler.is_exporting()):
+    if impl == "triton" or (impl == "auto" and q.is_cuda and not is_exporting()):
         obstacle = why_not_triton(q, state, operators.head_dim)
         if obstacle is None:
             return h3_step_triton(q, k, v, state, operators, ring_position)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.h3_mix.state import H3State
-from hippos.ops.ssm_conv.autograd import is_interpreted
+from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_step.in_place import DiagonalStep, H3Step, h3_step_in_place
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

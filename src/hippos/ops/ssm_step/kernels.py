@@ -47,6 +47,24 @@ def h3_step_kernel(
     wide = channels.to(tl.int64)
     numbers = tl.arange(0, 2 * MODES)
     is_number = is_channel[:, None] & (numbers < 2 * n_modes)[None, :]
+    # Everything that depends on no other load is asked for first: a program lives for little more than two latencies.
+    if IS_RING:
+        position = tl.load(position_ptr).to(tl.int64)
+    first = tl.program_id(1) * SEQUENCES
+    sequence = first.to(tl.int64)
+    is_here, is_state = is_channel & (sequence < batch), is_number & (sequence < batch)
+    diag_ptrs = diag_ptr + wide[:, None] * diag_stride_h
+    diag_ptrs += _pair_offsets(diag_stride_m, diag_stride_r, IS_PAIRED, MODES)[None, :]
+    state = tl.load(diag_ptrs + sequence * diag_stride_b, mask=is_state, other=0.0)
+    if HAS_PAST:
+        slots = tl.arange(0, SLOTS)
+        is_key = (slots < n_past)[:, None] & is_channel[None, :]
+        shift_ptrs = shift_ptr + wide[None, :] * shift_stride_c + slots[:, None].to(tl.int64) * shift_stride_s
+        window = tl.load(shift_ptrs + sequence * shift_stride_b, mask=is_key & (sequence < batch), other=0.0)
+    q_ptr, k_ptr, v_ptr = q_ptr + wide * q_stride_c, k_ptr + wide * k_stride_c, v_ptr + wide * v_stride_c
+    key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
+    value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
+    query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)
     at = wide[:, None] * (2 * n_modes) + numbers[None, :]
     a_re, a_im = _split(_load(a_ptr + at, is_number), CHANNELS, MODES)
     b_re, b_im = _split(_load(b_ptr + at, is_number), CHANNELS, MODES)
@@ -54,30 +72,14 @@ def h3_step_kernel(
     d = _load(d_ptr + channels, is_channel)
     newest_tap = _load(taps_ptr + wide * taps_stride_c + n_past * taps_stride_n, is_channel)
     if HAS_PAST:
-        slots = tl.arange(0, SLOTS)
         oldest = 0  # its slot
         if IS_RING:
-            oldest = (tl.load(position_ptr).to(tl.int64) % n_past).to(tl.int32)
+            oldest = (position % n_past).to(tl.int32)
         places = slots - oldest  # of a slot's key in time, oldest first
         places = tl.where(places < 0, places + n_past, places)
-        is_key = (slots < n_past)[:, None] & is_channel[None, :]
         at = wide[None, :] * taps_stride_c + places[:, None].to(tl.int64) * taps_stride_n
         taps = _load(taps_ptr + at, is_key)  # (SLOTS, CHANNELS)
-        shift_ptrs = shift_ptr + wide[None, :] * shift_stride_c + slots[:, None].to(tl.int64) * shift_stride_s
-    diag_ptrs = diag_ptr + wide[:, None] * diag_stride_h
-    diag_ptrs += _pair_offsets(diag_stride_m, diag_stride_r, IS_PAIRED, MODES)[None, :]
-
     # What a sequence needs is read while the one before it is worked on.
-    first = tl.program_id(1) * SEQUENCES
-    q_ptr, k_ptr, v_ptr = q_ptr + wide * q_stride_c, k_ptr + wide * k_stride_c, v_ptr + wide * v_stride_c
-    sequence = first.to(tl.int64)
-    is_here, is_state = is_channel & (sequence < batch), is_number & (sequence < batch)
-    query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)
-    key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
-    value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
-    state = tl.load(diag_ptrs + sequence * diag_stride_b, mask=is_state, other=0.0)
-    if HAS_PAST:
-        window = tl.load(shift_ptrs + sequence * shift_stride_b, mask=is_key & (sequence < batch), other=0.0)
     for i in range(SEQUENCES):
         later = sequence + 1
         is_later = (later < batch) & (i + 1 < SEQUENCES)

@@ -29,7 +29,7 @@ class StepSchedule(NamedTuple):
 
 def step_schedule(batch: int) -> StepSchedule:
     """The sizes for a batch: many small programs for a few sequences, parameters used again for many."""
-    return StepSchedule(16, 1, 4) if batch < 16 else StepSchedule(32, 4, 4)
+    return StepSchedule(16, 1, 4) if batch < 16 else StepSchedule(16, 4, 2)
 
 
 def h3_step_launch(

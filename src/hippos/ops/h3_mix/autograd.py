@@ -1,0 +1,202 @@
+"""The Triton kernels of `h3_mix` as torch.library operators: one node for compilers, with their own gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+from hippos.ops.h3_mix.chunked import kept_keys
+from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
+from hippos.ops.h3_mix.state import H3State, last_keys
+from hippos.ops.h3_mix.tail import state_after_tail
+from hippos.ops.kernel_device import is_interpreted
+from hippos.ops.ssm_conv.autograd import why_not_triton as why_not_ssm_conv
+from hippos.ops.ssm_conv.kernel_fallback import none
+from hippos.ops.ssm_conv.schedule import forward_schedule, saved_dtype, saved_shape
+from hippos.ops.stacking import stack_as_channels
+
+MOST_TAPS = 128
+
+
+def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: object) -> str | None:
+    """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
+    if head_dim > 1:
+        return f"it takes head_dim 1, got {head_dim}"
+    if shift_filter.shape[1] > MOST_TAPS:
+        return f"it takes shift filters of up to {MOST_TAPS} taps, got {shift_filter.shape[1]}"
+    if bounds is not None:
+        return "it does not take packed documents (cu_seqlens)"
+    return why_not_ssm_conv(q, log_a)
+
+
+def h3_mix_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    initial_state: H3State | None,
+    return_state: bool,
+) -> tuple[Tensor, H3State | None]:
+    """Arguments as in `h3_mix`, checked by the caller and by `why_not_triton`.
+
+    Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
+    """
+    q, k, v = (signal if signal.stride(-1) == 1 else signal.contiguous() for signal in (q, k, v))
+    shift_filter, shift_d = shift_filter.float().contiguous(), shift_d.float().contiguous()
+    log_a, b, c, d = (x.float().contiguous() for x in (log_a, b, c, d))
+    past, initial = (None, None) if initial_state is None else initial_state
+    initial = None if initial is None else initial.float().contiguous()
+    tensors = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial)
+    saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, diag, _ = h3_mix_kernel_op(*tensors, return_state, saves_states)
+    if not return_state:
+        return y, None
+    n_past = shift_filter.shape[1] - 1
+    rest = q.shape[-1] % forward_schedule(q.dtype, log_a.shape[1], q.device).chunk
+    if rest > 0:
+        # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
+        before = k.new_zeros(*k.shape[:2], n_past) if past is None else past
+        recent = last_keys(before, k[..., :-rest]) if rest < k.shape[-1] else before
+        diag = state_after_tail(diag, k[..., -rest:], v[..., -rest:], recent, shift_filter, shift_d, log_a, b)
+    return y, H3State(kept_keys(k, past, n_past, None), diag)
+
+
+@torch.library.custom_op("hippos::h3_mix_kernel", mutates_args=())
+def h3_mix_kernel_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    past: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    saves_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the state after the last whole chunk (or empty), the states that the backward pass starts from (or empty)."""
+    inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
+    if q.device.type != "cuda" and not is_interpreted():
+        y, state = forward_without_kernels(*inputs, return_state)
+        saved = (
+            q.new_zeros(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype)) if saves_states else none(q)
+        )
+        return y, state, saved
+    from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
+
+    return h3_mix_fwd(MixInputs(*inputs), wants_state=return_state, saves_states=saves_states)
+
+
+@h3_mix_kernel_op.register_fake
+def _forward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    past: Tensor | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    saves_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = q.new_empty((q.shape[0], *log_a.shape), dtype=torch.float32) if return_state else none(q)
+    saved = q.new_empty(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype)) if saves_states else none(q)
+    return torch.empty_like(q), state, saved
+
+
+MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("hippos::h3_mix_kernel_backward", mutates_args=())
+def h3_mix_kernel_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    past: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    dout: Tensor,
+    dstate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the eleven input tensors; signals' are laid out like ``dout``, absent ones' are empty."""
+    inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
+    if q.device.type != "cuda" and not is_interpreted():
+        return backward_without_kernels(*inputs, without_gaps(dout), dstate)
+    from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
+
+    return tuple(h3_mix_bwd(MixInputs(*inputs), without_gaps(dout), dstate, saved))  # type: ignore[return-value]
+
+
+@h3_mix_kernel_backward_op.register_fake
+def _backward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    past: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    dout: Tensor,
+    dstate: Tensor | None,
+) -> MixGradients:
+    signals = (torch.empty_like(without_gaps(dout), dtype=x.dtype) for x in (q, k, v))
+    rest = (shift_filter, shift_d, log_a, b, c, d, past, initial_state)
+    return *signals, *(none(q) if x is None else x.new_empty(x.shape) for x in rest)  # type: ignore[return-value]
+
+
+def without_gaps(dout: Tensor) -> Tensor:
+    """``dout``, or a contiguous copy where its memory has gaps, overlaps, or time that is not the fastest axis."""
+    is_dense = dout.stride(-1) == 1 and torch.empty_like(dout).stride() == dout.stride()
+    return dout if is_dense else dout.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _ = inputs
+    _, state, saved = output
+    ctx.save_for_backward(*tensors, saved)
+    ctx.mark_non_differentiable(*((saved,) if state.numel() else (state, saved)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None and dstate is None:
+        return (None,) * 13
+    dout = torch.zeros_like(ctx.saved_tensors[0]) if dout is None else dout
+    gradients = h3_mix_kernel_backward_op(*ctx.saved_tensors, dout, dstate)
+    needed = ctx.needs_input_grad[:11]
+    return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), None, None)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise UnsupportedError("h3_mix has no second derivative with impl='triton'; impl='reference' has")
+
+
+h3_mix_kernel_op.register_autograd(_backward, setup_context=_save)
+h3_mix_kernel_backward_op.register_autograd(_refuse_second_derivative)
+stack_as_channels(h3_mix_kernel_op, inputs=(1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, None, None), outputs=(1, 1, 1), saves=12)

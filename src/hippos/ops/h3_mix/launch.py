@@ -1,0 +1,242 @@
+"""Launch the GPU programs of `h3_mix`: choose chunk sizes and grids, allocate outputs, start the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
+from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
+from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
+from hippos.ops.ssm_conv.chunked import Inputs
+from hippos.ops.ssm_conv.launch import ssm_conv_bwd
+from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
+from hippos.ops.ssm_conv.launch_pieces import states_between_pieces
+from hippos.ops.ssm_conv.schedule import (
+    Geometry,
+    Pieces,
+    Schedule,
+    backward_schedule,
+    forward_pieces,
+    forward_schedule,
+    groups_per_program,
+    is_full,
+    is_wide,
+    next_power_of_two,
+    place,
+    saved_dtype,
+    saved_shape,
+)
+
+
+class MixInputs(NamedTuple):
+    """The tensors of `h3_mix` for head_dim 1; also their gradients, in which absent ones are empty.
+
+    Signals have a last stride of 1; all but the signals and the past keys are float32 and contiguous.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    shift_filter: Tensor
+    shift_d: Tensor
+    log_a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    past: Tensor | None
+    initial_state: Tensor | None
+
+
+def h3_mix_fwd(
+    inputs: MixInputs, *, wants_state: bool, saves_states: bool, schedule: Schedule | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward kernel.
+
+    Args:
+        inputs: The tensors.
+        wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor).
+        saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
+        schedule: Overrides the table, for tests and tuning.
+
+    Returns:
+        y, laid out in memory like ``q``; the state, shape (B, D, M, 2); the saved states.
+    """
+    q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
+    (batch, n_heads, seqlen), device = q.shape, q.device
+    n_modes, n_taps = log_a.shape[1], shift_filter.shape[1]
+    schedule = schedule or mix_schedule(q.dtype, n_modes, batch, device)
+    pieces = mix_pieces(batch, n_heads, seqlen, schedule)
+    at = place(pieces, schedule, has_segments=not pieces.is_cut)
+    modes = schedule.padded_modes(n_modes)
+    operators = make_chunk_operators(log_a, b, c, d, schedule)
+
+    y = torch.empty_like(q)
+    state = torch.empty((batch, n_heads, modes, 2) if wants_state else (0,), device=device)
+    shape = saved_shape(q, n_modes, None)
+    saved = torch.empty(shape if saves_states else (0,), dtype=saved_dtype(q.dtype), device=device)
+    if batch == 0:
+        return y, _drop_padding(state, n_modes), saved
+    save_span = 0
+    if saves_states:
+        save_span = place(pieces, backward_schedule(q.dtype, n_modes, device), has_segments=False).span
+    initial = None if initial_state is None else _pad_modes(initial_state, modes)
+    past = past if n_taps > 1 else None
+    if pieces.is_cut:
+        # The states between pieces need the shifted keys first; they lie where the output will.
+        key = _shift_keys(inputs, y)
+        initial = states_between_pieces(v, key, log_a, operators, initial, None, pieces, schedule, is_planar=True)
+    elif initial is not None:
+        initial = initial.transpose(-1, -2).contiguous()
+    per_program = groups_per_program(n_heads, at.n_groups, schedule.programs)
+    h3_mix_fwd_kernel[(n_heads * triton.cdiv(at.n_groups, per_program),)](
+        q, k, v, y, shift_filter, shift_d,
+        operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+        k if past is None else past, y if initial is None else initial, state, saved,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *y.stride()[:2],
+        *((0, 0, 0) if past is None else past.stride()),
+        n_heads, seqlen, n_taps, pieces.total, pieces.per_sequence, pieces.length, at.n_tiles, at.n_groups, per_program,
+        shape[2], 0 if initial is None else pieces.total,
+        CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps),
+        STEPS=at.steps, PIECES=at.pieces, SEGMENTS=at.segments, MODES=modes,
+        SAVE_SPAN=save_span, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
+        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
+        HAS_PAST=past is not None, WANTS_STATE=wants_state,
+        IS_FULL=is_full(pieces, at, seqlen), IS_WIDE=is_wide(at, seqlen, *(x.stride(0) for x in (q, k, v, y))),
+        num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
+    )  # fmt: skip
+    return y, _drop_padding(state, n_modes), saved
+
+
+def h3_mix_bwd(inputs: MixInputs, dout: Tensor, dstate: Tensor | None, saved: Tensor) -> MixInputs:
+    """Run the backward kernels.
+
+    The shifted keys are made again in the dtype of the keys; with them as a gate the rest is the backward pass of
+    `ssm_conv`, whose gradient for that gate goes through the adjoint of the shift SSM.
+
+    Args:
+        inputs: As in `h3_mix_fwd`.
+        dout: Gradient of y, shape (B, D, L), last stride 1, without gaps in memory.
+        dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B, D, M, 2), or None.
+        saved: States from `h3_mix_fwd`.
+
+    Returns:
+        The gradients; those of signals laid out like ``dout``.
+    """
+    q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
+    key = _shift_keys(inputs, torch.empty_like(dout, dtype=k.dtype))
+    diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
+    dv, dlog_a, db, dc, dd, dkey, dq, dinitial = ssm_conv_bwd(diag, None, dout.contiguous(), dstate, saved)
+    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key)  # in the place of the shifted keys
+    dpast = torch.empty(0, device=q.device)
+    if past is not None:
+        head = dkey[..., : max(1, past.shape[-1])].float()
+        _, more, from_head = shift_conv_adjoint(
+            torch.zeros_like(head), with_skip(shift_filter, shift_d), past, None, head
+        )
+        dfilter, dskip = dfilter + more, dskip + more[:, 0]
+        dpast = dpast if from_head is None else from_head
+    dq, dv = laid_out_like(dout, dq), laid_out_like(dout, dv)
+    return MixInputs(dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial)
+
+
+def laid_out_like(dout: Tensor, dx: Tensor) -> Tensor:
+    """``dx`` with the strides of ``dout``."""
+    return dx if dx.stride() == dout.stride() else torch.empty_like(dout, dtype=dx.dtype).copy_(dx)
+
+
+def _shift_keys(inputs: MixInputs, key: Tensor) -> Tensor:
+    """Write the shifted keys into ``key``, shape and dtype of the keys."""
+    k, n_taps = inputs.k, inputs.shift_filter.shape[1]
+    (batch, d_model, seqlen), past = k.shape, inputs.past if n_taps > 1 else None
+    if batch == 0:
+        return key
+    schedule, at, n_items, parts = _place_shift(k)
+    shift_conv_kernel[(d_model * parts,)](
+        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past,
+        *k.stride()[:2], *key.stride()[:2], *((0, 0, 0) if past is None else past.stride()),
+        seqlen, n_taps, batch, at.n_tiles, at.n_groups, n_items,
+        CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps), ROWS=schedule.rows,
+        TILE=at.steps * at.segments, PIECES=at.pieces,
+        PLANES=shift_planes(k.dtype), PRECISION=schedule.precision, HAS_PAST=past is not None,
+        IS_FULL=is_full(Pieces(batch, 1, seqlen), at, seqlen), IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)),
+    )  # fmt: skip
+    return key
+
+
+def _shift_keys_bwd(inputs: MixInputs, dkey: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; past keys left out."""
+    k, shift_filter = inputs.k, inputs.shift_filter
+    (batch, d_model, seqlen), n_taps = k.shape, shift_filter.shape[1]
+    dfilter, dskip = torch.empty_like(shift_filter), torch.empty_like(inputs.shift_d)
+    schedule, at, n_items, parts = _place_shift(k)
+    chunk, window = schedule.chunk, window_len(schedule.chunk, n_taps)
+    dshift = torch.empty(d_model * parts, chunk, window, device=k.device)
+    if batch > 0:
+        shift_conv_bwd_kernel[(d_model * parts,)](
+            k, dkey, dk, shift_filter, inputs.shift_d, dshift,
+            *k.stride()[:2], *dkey.stride()[:2], *dk.stride()[:2],
+            seqlen, n_taps, batch, at.n_tiles, at.n_groups, n_items,
+            CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, TILE=at.steps * at.segments, PIECES=at.pieces,
+            PRECISION=schedule.precision, IS_FULL=is_full(Pieces(batch, 1, seqlen), at, seqlen),
+            IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)),
+        )  # fmt: skip
+    shift_filter_bwd_kernel[(d_model,)](
+        dshift, dfilter, dskip, n_taps, parts,
+        CHUNK=chunk, WINDOW=window, TAPS=next_power_of_two(n_taps), num_warps=8,
+    )  # fmt: skip
+    return dk, dfilter, dskip
+
+
+def _place_shift(k: Tensor) -> tuple[Schedule, Geometry, int, int]:
+    """Sizes for the shift SSM alone, its tiles' places, the tiles a program works on, and the programs a channel."""
+    batch, d_model, seqlen = k.shape
+    schedule = backward_schedule(k.dtype, 1, k.device)
+    at = place(Pieces(batch, 1, seqlen), schedule, has_segments=True)
+    n_tiles = at.n_groups * at.n_tiles
+    n_items = groups_per_program(d_model, n_tiles, schedule.programs)
+    return schedule, at, n_items, -(-n_tiles // n_items)
+
+
+def mix_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torch.device) -> Schedule:
+    """The forward kernel's sizes: those of `ssm_conv`, but for the registers.
+
+    A third program on a multiprocessor hides more than a few spilled registers cost; the scan over many segments of a
+    few sequences spills too many.
+    """
+    schedule = forward_schedule(dtype, n_modes, device)
+    return replace(schedule, max_registers=None) if batch < FEW_SEQUENCES else schedule
+
+
+FEW_SEQUENCES = 4
+
+
+def mix_pieces(batch: int, n_heads: int, seqlen: int, schedule: Schedule) -> Pieces:
+    """Pieces for the forward pass: whole sequences where that fills a GPU, as states between pieces need k' first."""
+    whole = Pieces(batch, 1, seqlen)
+    if n_heads * place(whole, schedule, has_segments=True).n_groups >= schedule.least_programs:
+        return whole
+    return forward_pieces(batch, n_heads, seqlen, schedule)
+
+
+def window_len(chunk: int, n_taps: int) -> int:
+    """Samples that a chunk's shifted keys depend on, as a power of two."""
+    return next_power_of_two(chunk + n_taps - 1)
+
+
+def shift_planes(dtype: torch.dtype) -> int:
+    """Parts of the shift operator; one bfloat16 part makes half as large an error as rounding the output does."""
+    return 2 if dtype == torch.float16 else 1
+
+
+def _pad_modes(state: Tensor, modes: int) -> Tensor:
+    missing = modes - state.shape[-2]
+    return torch.nn.functional.pad(state, (0, 0, 0, missing)).contiguous() if missing else state.contiguous()
+
+
+def _drop_padding(state: Tensor, n_modes: int) -> Tensor:
+    return state if state.dim() < 2 or state.shape[-2] == n_modes else state[..., :n_modes, :].contiguous()
