@@ -74,6 +74,15 @@ def ssm_conv_triton(
     return y, state
 
 
+def _laid_out(inputs: Inputs) -> Inputs:
+    """The tensors as the kernels read them: a compiler may have changed strides on the way to the operator."""
+    u, log_a, b, c, d, in_gate, out_gate, initial_state = inputs
+    in_gate, out_gate = (None if gate is None else _with_unit_stride(gate) for gate in (in_gate, out_gate))
+    d, initial_state = (None if x is None else x.contiguous() for x in (d, initial_state))
+    modes = (log_a.contiguous(), b.contiguous(), c.contiguous())
+    return Inputs(_with_unit_stride(u), *modes, d, in_gate, out_gate, initial_state)
+
+
 def _with_unit_stride(signal: Tensor) -> Tensor:
     return signal if signal.stride(-1) == 1 else signal.contiguous()
 
@@ -99,7 +108,7 @@ def ssm_conv_kernel_op(
         return y, state, _saved_states(u, log_a, cu_seqlens).zero_() if saves_states else none(u)
     from hippos.ops.ssm_conv.launch import ssm_conv_fwd
 
-    return ssm_conv_fwd(inputs, cu_seqlens, wants_state=return_state, saves_states=saves_states)
+    return ssm_conv_fwd(_laid_out(inputs), cu_seqlens, wants_state=return_state, saves_states=saves_states)
 
 
 @ssm_conv_kernel_op.register_fake
@@ -143,7 +152,7 @@ def ssm_conv_kernel_backward_op(
         return backward_without_kernels(inputs, cu_seqlens, dout, dstate)
     from hippos.ops.ssm_conv.launch import ssm_conv_bwd
 
-    return ssm_conv_bwd(inputs, cu_seqlens, dout.contiguous(), dstate, saved)
+    return ssm_conv_bwd(_laid_out(inputs), cu_seqlens, dout.contiguous(), dstate, saved.contiguous())
 
 
 @ssm_conv_kernel_backward_op.register_fake
