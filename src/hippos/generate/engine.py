@@ -22,6 +22,8 @@ from hippos.generate.state import GenerationState
 from hippos.generate.steps import EagerSteps
 from hippos.generate.stream import EndTexts, FinishReason, TokenStream
 
+_MOST_GRAPHS = 8  # each keeps the memory of its logits
+
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
@@ -335,6 +337,8 @@ class Generator:
             self._weights = weights
         key = (batch, replace(sampling, max_new_tokens=1, seed=None, stop=()), *options.values())
         if key not in self._graphs:
+            if len(self._graphs) == _MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
             decoder = H3Decoder(self.model, held.rows(0, batch), chunk_len=self.chunk_len)
             self._graphs[key] = GraphSteps(decoder, sampling, **options)
         return self._graphs[key]

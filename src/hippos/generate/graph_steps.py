@@ -37,7 +37,8 @@ class GraphSteps:
         self._slots = [_Slot(batch, has_log_probs=log_probs) for _ in range(STEPS_AHEAD + 1)]
         self.seed = self._sampler.seed
         self._n_wanted = self._n_launched = self._n_given = 0
-        self._graph = self._capture()
+        with torch.no_grad(), torch.cuda.device_of(self._tokens):  # type: ignore[no-untyped-call]
+            self._graph = self._capture()
 
     def start(self, seed: int | None, rows: Sequence[int] | None, *, max_new_tokens: int) -> None:
         """Begin a generation behind prompts that have been read."""
@@ -45,9 +46,15 @@ class GraphSteps:
         self.seed = self._sampler.seed
         self._n_wanted, self._n_launched, self._n_given = max_new_tokens, 0, 0
 
-    @torch.no_grad()
     def next(self) -> HostStep:
         """Give the next token of each row."""
+        with torch.no_grad(), torch.cuda.device_of(self._tokens):  # type: ignore[no-untyped-call]
+            self._launch()
+        slot = self._slots[self._n_given % len(self._slots)]
+        self._n_given += 1
+        return slot.read()
+
+    def _launch(self) -> None:
         while self._n_launched < min(self._n_given + 1 + STEPS_AHEAD, self._n_wanted):
             self._sampler.prepare()
             if self._n_launched == 0:
@@ -57,9 +64,6 @@ class GraphSteps:
                 self.decoder.count_step()
             self._slots[self._n_launched % len(self._slots)].fill(self._tokens, self._log_probs)
             self._n_launched += 1
-        slot = self._slots[self._n_given % len(self._slots)]
-        self._n_given += 1
-        return slot.read()
 
     def end(self, row: int) -> None:
         """Nothing is to be done: the graph computes all rows, and what comes of this one is dropped."""
@@ -74,7 +78,6 @@ class GraphSteps:
         self.decoder.step_on_device(self._tokens.clamp(min=0))
         self._choose()
 
-    @torch.no_grad()
     def _capture(self) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream(self._tokens.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._tokens.device))

@@ -110,10 +110,11 @@ class H3Decoder:
     @torch.no_grad()
     def step_on_device(self, tokens: Tensor) -> None:
         """What `advance` does on the device: on a CUDA device always the same operations on the same memory."""
-        if self._fused is not None and len(tokens) <= MOST_ROWS:
-            self._fused.advance(tokens, self.state)
-        else:
-            self._advance(tokens)
+        with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]  # where kernels are launched
+            if self._fused is not None and len(tokens) <= MOST_ROWS:
+                self._fused.advance(tokens, self.state)
+            else:
+                self._advance(tokens)
         self.state.seen.scatter_(1, tokens.unsqueeze(1), True)
         self.state.lengths.add_(1)
         self.state.ring.add_(1)
