@@ -49,7 +49,7 @@ def h3_mix_triton(
 
     Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
     """
-    q, k, v = (signal if signal.stride(-1) == 1 else signal.contiguous() for signal in (q, k, v))
+    q, k, v = (_with_unit_stride(signal) for signal in (q, k, v))
     shift_filter, shift_d = shift_filter.float().contiguous(), shift_d.float().contiguous()
     log_a, b, c, d = (x.float().contiguous() for x in (log_a, b, c, d))
     past, initial = (None, None) if initial_state is None else initial_state
@@ -67,6 +67,22 @@ def h3_mix_triton(
         recent = last_keys(before, k[..., :-rest]) if rest < k.shape[-1] else before
         diag = state_after_tail(diag, k[..., -rest:], v[..., -rest:], recent, shift_filter, shift_d, log_a, b)
     return y, H3State(kept_keys(k, past, n_past, None), diag)
+
+
+def _laid_out(inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The tensors as the kernels read them: a compiler may have changed strides on the way to the operator."""
+    *most, past, initial = inputs
+    signals, parameters = most[:3], most[3:]
+    return (
+        *(None if x is None else _with_unit_stride(x) for x in signals),
+        *(None if x is None else x.contiguous() for x in parameters),
+        past,
+        None if initial is None else initial.contiguous(),
+    )
+
+
+def _with_unit_stride(signal: Tensor) -> Tensor:
+    return signal if signal.stride(-1) == 1 else signal.contiguous()
 
 
 @torch.library.custom_op("hippos::h3_mix_kernel", mutates_args=())
@@ -95,7 +111,10 @@ def h3_mix_kernel_op(
         return y, state, saved
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
 
-    return h3_mix_fwd(MixInputs(*inputs), wants_state=return_state, saves_states=saves_states)
+    laid_out = MixInputs(*_laid_out(inputs))
+    y, state, saved = h3_mix_fwd(laid_out, wants_state=return_state, saves_states=saves_states)
+    like = torch.empty_like(q)
+    return y if y.stride() == like.stride() else like.copy_(y), state, saved
 
 
 @h3_mix_kernel_op.register_fake
@@ -145,7 +164,8 @@ def h3_mix_kernel_backward_op(
         return backward_without_kernels(*inputs, without_gaps(dout), dstate)
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
-    return tuple(h3_mix_bwd(MixInputs(*inputs), without_gaps(dout), dstate, saved))  # type: ignore[return-value]
+    laid_out = MixInputs(*_laid_out(inputs))
+    return tuple(h3_mix_bwd(laid_out, without_gaps(dout), dstate, saved.contiguous()))  # type: ignore[return-value]
 
 
 @h3_mix_kernel_backward_op.register_fake

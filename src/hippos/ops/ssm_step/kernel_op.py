@@ -61,6 +61,7 @@ def h3_step_op(
         return h3_step_in_place(q, k, v, H3State(shift, diag), operators, ring_position)
     from hippos.ops.ssm_step.launch import h3_step_launch
 
+    a, b, read, d = (x.contiguous() for x in (a, b, read, d))  # a compiler may have changed their strides
     return h3_step_launch(q, k, v, shift, diag, ring_position, taps, a, b, read, d)
 
 
