@@ -108,6 +108,7 @@ def check_offsets(cu_seqlens: Tensor | None, *, batch: int) -> None:
         raise ValueError(f"cu_seqlens must have n_docs + 1 >= 2 entries, got {cu_seqlens.shape[0]}")
 
 
+@torch.compiler.assume_constant_result
 def is_debugging() -> bool:
     """Whether values that lie on a GPU are checked too, which waits for it: HIPPOS_DEBUG is set and not 0."""
     return os.environ.get("HIPPOS_DEBUG", "0") not in ("", "0")
