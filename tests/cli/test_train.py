@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,3 +171,19 @@ def test_stopped_process_says_how_to_go_on(text: Path, tmp_path: Path, number: s
     assert last.startswith("hippos: stopped: after step ")
     assert last.endswith(f"To go on: hippos train --resume --out {out}")
     assert last_checkpoint(out) is not None
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_one_process_speaks(text: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    options = ["--text", str(text), "--tokenizer", "bpe:300", "--out", str(tmp_path / "run"), *settings("steps=2")]
+    done = subprocess.run(
+        [*command, "-m", "hippos", "train", *options], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Validation perplexity") == 1
+    assert done.stderr.count("Model: ") == 1
+    assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -134,6 +134,12 @@ def test_documents_can_be_kept_apart(tiny: TrainConfig, finished: TrainResult, t
     assert all(0.0 < abs(a - b) < 0.5 for (_, a), (_, b) in zip(apart, together, strict=True))
 
 
+def test_missing_wandb_is_said(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hippos.train.arguments.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run\.wandb needs the package wandb: pip install wandb"):
+        train(apply_settings(tiny, ["wandb=yes"]), tmp_path / "run", progress=QUIET)
+
+
 def test_batch_that_does_not_fit_says_what_would(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

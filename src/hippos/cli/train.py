@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,8 +69,14 @@ def train(
 
     import hippos.train
 
-    progress = hippos.train.RunProgress(is_quiet=as_json)
-    _end(hippos.train.train(config, run, resume=resume, overwrite=overwrite, progress=progress), as_json=as_json)
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks for all
+    progress = hippos.train.RunProgress(is_quiet=as_json or not is_main)
+    result = hippos.train.train(config, run, resume=resume, overwrite=overwrite, progress=progress)
+    hippos.train.leave_processes()
+    if is_main:
+        _end(result, as_json=as_json)
+    elif result.summary is None:
+        raise typer.Exit(128 + int(result.stopped_by or 0))
 
 
 def _list_recipes() -> None:

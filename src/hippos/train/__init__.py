@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hippos.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from hippos.train.folder import holds_run, stored_config
+from hippos.train.processes import leave_processes
 from hippos.train.progress import RunProgress
 from hippos.train.recipes import RECIPES, find_recipe
 from hippos.train.run import TrainResult, train
@@ -22,6 +23,7 @@ __all__ = [
     "apply_settings",
     "find_recipe",
     "holds_run",
+    "leave_processes",
     "resume_command",
     "stored_config",
     "train",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from hippos.errors import ConfigError
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "leave_processes"]
 
 Result = TypeVar("Result")
 
@@ -103,3 +103,9 @@ class Processes:
         """Wait until all processes have come here."""
         if not self.is_alone:
             dist.barrier(group=self.waiting)
+
+
+def leave_processes() -> None:
+    """Part from the other processes, as torch wants it done before the end; nothing happens to a single one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

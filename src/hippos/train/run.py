@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hippos.errors import ConfigError
 from hippos.train.arguments import micro_batch_size
 from hippos.train.checkpoints import checkpoint_step
 from hippos.train.closing import ngram_scores, write_sample
@@ -97,8 +98,13 @@ def train(
     """
     processes = Processes.join()
     progress = progress or RunProgress(is_quiet=not processes.is_main)
-    if config is not None:
-        micro_batch_size(config, processes.world_size)
+    try:
+        if config is not None:
+            micro_batch_size(config, processes.world_size)
+    except ConfigError:
+        if processes.is_main:
+            raise
+        raise SystemExit(1) from None  # the same mistake, which the main process tells of
     try:
         opened = processes.lead(lambda: _open(config, run, resume, overwrite, progress))
         if opened.summary is not None:
