@@ -50,21 +50,28 @@ def fft_conv_triton(
 
     Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
     """
-    ssm_filter = ssm_filter.float().contiguous()
-    d = None if d is None else d.float().contiguous()
+    ssm_filter, d = ssm_filter.float(), None if d is None else d.float()
     n_before = unrolled_length(u, ssm_filter, causal) - u.shape[-1]
     if n_before:
         # The end of the sequence is put before its start, where a causal convolution finds it.
         u, causal = _wrap(u, n_before), True
         in_gate, out_gate = (None if gate is None else _wrap(gate, n_before) for gate in (in_gate, out_gate))
-    u = _with_unit_stride(u)
-    in_gate, out_gate = (None if gate is None else _with_unit_stride(gate) for gate in (in_gate, out_gate))
-    y: Tensor = fft_conv_kernel_op(u, ssm_filter, d, in_gate, out_gate, causal)
+    # Copied here, the backward pass finds the copies.
+    tensors = _laid_out(u, ssm_filter, d, in_gate, out_gate)
+    y: Tensor = fft_conv_kernel_op(*tensors, causal)
     return y[..., n_before:].contiguous() if n_before else y
 
 
 def _wrap(signal: Tensor, n_before: int) -> Tensor:
     return torch.cat((signal[..., signal.shape[-1] - n_before :], signal), dim=-1)
+
+
+def _laid_out(
+    u: Tensor, ssm_filter: Tensor, d: Tensor | None, in_gate: Tensor | None, out_gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The tensors as the kernels read them: a compiler may have changed strides on the way to the operator."""
+    in_gate, out_gate = (None if gate is None else _with_unit_stride(gate) for gate in (in_gate, out_gate))
+    return _with_unit_stride(u), ssm_filter.contiguous(), None if d is None else d.contiguous(), in_gate, out_gate
 
 
 def _with_unit_stride(signal: Tensor) -> Tensor:
@@ -75,13 +82,13 @@ def _with_unit_stride(signal: Tensor) -> Tensor:
 def fft_conv_kernel_op(
     u: Tensor, ssm_filter: Tensor, d: Tensor | None, in_gate: Tensor | None, out_gate: Tensor | None, causal: bool
 ) -> Tensor:
-    """`fft_conv` by the kernels; filter and d float32, signals with a last stride of 1."""
+    """`fft_conv` by the kernels; filter and d float32."""
     if u.device.type != "cuda" and not is_interpreted():
         return fft_conv_torch(u, ssm_filter, d, in_gate, out_gate, causal).contiguous()
     from hippos.ops.fft_conv.launch import Inputs, fft_conv_fwd
     from hippos.ops.fft_conv.launch_long import fft_conv_long_fwd
 
-    inputs = Inputs(u, ssm_filter, d, in_gate, out_gate)
+    inputs = Inputs(*_laid_out(u, ssm_filter, d, in_gate, out_gate))
     launch = fft_conv_fwd if u.shape[-1] <= longest_in_one(u.dtype, u.device) else fft_conv_long_fwd
     return launch(inputs, causal)
 
@@ -110,7 +117,7 @@ def fft_conv_kernel_backward_op(
     from hippos.ops.fft_conv.launch import Inputs, fft_conv_bwd
     from hippos.ops.fft_conv.launch_long import fft_conv_long_bwd
 
-    inputs = Inputs(u, ssm_filter, d, in_gate, out_gate)
+    inputs = Inputs(*_laid_out(u, ssm_filter, d, in_gate, out_gate))
     launch = fft_conv_bwd if u.shape[-1] <= longest_in_one(u.dtype, u.device) else fft_conv_long_bwd
     return launch(inputs, dout.contiguous(), causal, wants_filter=wants_filter)
 
