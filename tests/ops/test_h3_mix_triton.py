@@ -144,7 +144,7 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"shift_filter": torch.zeros(2, 129), "past": None}, "up to 128 taps, got 129"),
+            ({"shift_filter": torch.zeros(2, 65), "past": None}, "up to 64 taps in torch.float32, got 65"),
             ({name: torch.zeros(1, 2, 20).double() for name in "qkv"} | {"past": None}, "not float64"),
             ({name: torch.zeros(2, 65, 2) for name in ("log_a", "b", "c")} | {"past": None}, "up to 32 modes"),
         ],

@@ -9,7 +9,7 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import Impl, check_impl, check_modes, check_signal, check_tensor, document_bounds
 from hippos.ops.exporting import is_exporting
-from hippos.ops.h3_mix.autograd import h3_mix_triton, why_not_triton
+from hippos.ops.h3_mix.autograd import h3_mix_triton, is_common, why_not_triton
 from hippos.ops.h3_mix.chunked import h3_mix_torch
 from hippos.ops.h3_mix.reference import h3_mix_reference
 from hippos.ops.h3_mix.state import H3State, check_state
@@ -118,8 +118,9 @@ def h3_mix(
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
-        impl: "auto" takes the Triton kernels on CUDA tensors that they support and "torch" elsewhere and for export.
-            The kernels read signals of any strides whose last is 1, copy others, and lay y out in memory like ``q``.
+        impl: "auto" takes the Triton kernels on CUDA tensors that they support, for up to 64 taps and 32 modes, and
+            "torch" elsewhere and for export. The kernels read signals of any strides whose last is 1, copy others, and
+            lay y out in memory like ``q``.
 
     Returns:
         ``y``, shape (B, D, L), dtype of ``q``, channel order (h, j); with ``return_state``, ``(y, H3State)``.
@@ -129,12 +130,12 @@ def h3_mix(
         ValueError: If shapes, dtypes of q, k, v, or devices disagree, L is 0, ``head_dim`` does not fit, or
             ``cu_seqlens`` does not describe the sequence, or ``impl`` is unknown.
         UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64,
-            ``cu_seqlens`` is given, ``head_dim`` is larger than 1, or there are more than 128 taps or 64 modes (32 in
-            float32).
+            ``cu_seqlens`` is given, ``head_dim`` is larger than 1, there are more than 128 taps (64 in float32) or 64
+            modes (32 in float32), or the GPU has too little shared memory.
 
     Source:
         Fu et al. 2023 (arXiv:2212.14052), section 3 (algorithm 1) and section 4; docs/math/state_passing.md, and of the
-        kernels docs/math/flashconv.md.
+        kernels in docs/math/h3_mix.md.
     """
     check_impl("h3_mix", impl, has_triton=True)
     check_signal("q", q)
@@ -163,7 +164,8 @@ def _takes_triton(
     q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: list[int] | None, impl: Impl
 ) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
-    is_chosen = impl == "auto" and q.is_cuda and not is_exporting()
+    # Larger SSMs wait until their tests have run on a GPU.
+    is_chosen = impl == "auto" and q.is_cuda and is_common(shift_filter, log_a) and not is_exporting()
     if impl != "triton" and not is_chosen:
         return False
     obstacle = why_not_triton(q, shift_filter, log_a, head_dim, bounds)

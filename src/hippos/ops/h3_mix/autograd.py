@@ -18,18 +18,43 @@ from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.ssm_conv.schedule import forward_schedule, saved_dtype, saved_shape
 from hippos.ops.stacking import stack_as_channels
 
-MOST_TAPS = 128
+# Up to these sizes float16 and bfloat16 fit into 99 KB of shared memory; they are those of all released models.
+COMMON_TAPS, COMMON_MODES = 64, 32
 
 
 def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: object) -> str | None:
     """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
     if head_dim > 1:
         return f"it takes head_dim 1, got {head_dim}"
-    if shift_filter.shape[1] > MOST_TAPS:
-        return f"it takes shift filters of up to {MOST_TAPS} taps, got {shift_filter.shape[1]}"
     if bounds is not None:
         return "it does not take packed documents (cu_seqlens)"
-    return why_not_ssm_conv(q, log_a)
+    n_taps, most_taps = shift_filter.shape[1], most_taps_of(q.dtype)
+    if n_taps > most_taps:
+        return f"it takes shift filters of up to {most_taps} taps in {q.dtype}, got {n_taps}"
+    obstacle = why_not_ssm_conv(q, log_a)
+    if obstacle is None and not (fits_everywhere(q, shift_filter, log_a) or _has_large_shared_memory(q.device)):
+        return "float32, or more than 64 taps or 32 modes, needs a GPU with 227 KB of shared memory a multiprocessor"
+    return obstacle
+
+
+def most_taps_of(dtype: torch.dtype) -> int:
+    """The longest shift filter whose operator fits into shared memory."""
+    return 64 if dtype == torch.float32 else 128
+
+
+def fits_everywhere(q: Tensor, shift_filter: Tensor, log_a: Tensor) -> bool:
+    """Whether the programs fit into 99 KB of shared memory."""
+    return q.dtype != torch.float32 and is_common(shift_filter, log_a)
+
+
+def is_common(shift_filter: Tensor, log_a: Tensor) -> bool:
+    """Whether the SSMs are no larger than those that the kernels' tests have run with on a GPU."""
+    return shift_filter.shape[1] <= COMMON_TAPS and log_a.shape[1] <= COMMON_MODES
+
+
+@torch.compiler.assume_constant_result
+def _has_large_shared_memory(device: torch.device) -> bool:
+    return is_interpreted() or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def h3_mix_triton(
