@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hippos.ops import fft_conv, h3_mix, ssm_conv
+from hippos.ops.h3_mix.autograd import h3_mix_triton
 from hippos.ops.ssm_conv.autograd import ssm_conv_triton
 
 S, BATCH, HEADS, SEQLEN, MODES, TAPS = 3, 2, 4, 21, 3, 5
@@ -47,7 +48,7 @@ def kernel_conv(generator):
     inputs = tuple(x.detach().float().requires_grad_() for x in inputs)
 
     def call(u, log_a, b, c, d, in_gate, out_gate):
-        return ssm_conv_triton(u, log_a, b, c, d, in_gate, out_gate, None, False)[0]
+        return ssm_conv_triton(u, log_a, b, c, d, in_gate, out_gate, None, None, False)[0]
 
     return call, inputs
 
@@ -58,11 +59,17 @@ def mix(generator):
     return h3_mix, (q, k, v, *shift, *modes(generator), draw(generator, S, HEADS))
 
 
+def kernel_mix(generator):
+    _, inputs = mix(generator)
+    inputs = tuple(x.detach().float().requires_grad_() for x in inputs)
+    return lambda *x: h3_mix_triton(*x, None, False)[0], inputs
+
+
 def spectral(generator):
     return fft_conv, (signal(generator), draw(generator, S, HEADS, SEQLEN), draw(generator, S, HEADS))
 
 
-@pytest.mark.parametrize("make", [gated_conv, plain_conv, kernel_conv, mix, spectral])
+@pytest.mark.parametrize("make", [gated_conv, plain_conv, kernel_conv, mix, kernel_mix, spectral])
 def test_a_stack_is_one_call_and_equals_one_call_after_the_other(make, generator):
     call, inputs = make(generator)
     with warnings.catch_warnings():
