@@ -97,7 +97,10 @@ def from_halves(halves: Tensor) -> Tensor:
 
 def tail_powers(log_a: Pair, chunks: Chunks, like: Tensor) -> tuple[Pair, Tensor]:
     """Abar^r for the r samples of each sequence's last row, shape (H, n_sequences or 1, M), and r, (n, 1)."""
-    tail_lens = torch.as_tensor(chunks.tail_lens, dtype=like.dtype, device=like.device).view(-1, 1)
+    if isinstance(chunks.tail_lens, Tensor):
+        tail_lens = chunks.tail_lens.to(like.dtype).view(-1, 1)
+    else:  # filled on the device: a copy from the host could not be captured in a CUDA graph
+        tail_lens = like.new_full((1, 1), chunks.tail_lens)
     return powers(log_a, tail_lens), tail_lens
 
 
