@@ -20,7 +20,7 @@ from hippos.version import __version__
 __all__ = ["VERBS", "app", "app_verbs", "main"]
 
 # In the order in which a newcomer meets them; those without a file yet are not there.
-VERBS = ("train", "generate", "evaluate", "convert", "synthetics", "lra", "bench", "report", "info")
+VERBS = ("train", "report", "generate", "evaluate", "convert", "synthetics", "lra", "bench", "info")
 
 app = typer.Typer(
     name="hippos",

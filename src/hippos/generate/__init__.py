@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from hippos.generate.batch_file import BatchReport, answer_file
-from hippos.generate.engine import Generated, Generator, generate
+from hippos.generate.engine import Generator
+from hippos.generate.generated import Generated
 from hippos.generate.int8 import quantise_int8
 from hippos.generate.load import load_text_model
+from hippos.generate.one_call import generate
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
 from hippos.generate.state_file import load_state, save_state

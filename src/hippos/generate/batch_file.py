@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hippos.errors import ConfigError, HipposError, PromptError
-from hippos.generate.engine import Generated, Generator
+from hippos.generate.engine import Generator
+from hippos.generate.generated import Generated
 from hippos.generate.sampling import Sampling
 from hippos.generate.text import encode_prompt
 

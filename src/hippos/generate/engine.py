@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hippos.errors import ConfigError, PromptError, UnsupportedError
 from hippos.generate.cache_decoder import CacheDecoder
+from hippos.generate.generated import Generated
 from hippos.generate.graph_steps import GraphSteps
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.memory import advising_on_memory, check_fits
@@ -20,38 +21,11 @@ from hippos.generate.prompts import split_prompts
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
 from hippos.generate.steps import EagerSteps
-from hippos.generate.stream import EndTexts, FinishReason, TokenStream
+from hippos.generate.stream import EndTexts, TokenStream
 
 _MOST_GRAPHS = 8  # each keeps the memory of its logits
 
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Finished texts.
-
-    Attributes:
-        sequences: Prompts and new tokens, shape (B, L + n): the prompts as they were passed (a list of texts is padded
-            on the left), then ``tokens``.
-        tokens: New tokens, shape (B, n), n those of the longest row; behind the end of a row the padding token.
-        lengths: New tokens of each row, its end-of-text token included, shape (B,).
-        log_probs: Logarithm (nats) of the probability that the model gave each new token, before temperature, cuts and
-            penalty, shape (B, n), float32, 0 behind the end of a row; None if they were not asked for.
-        finish_reasons: For each row "length", "eos" or "stop".
-        texts: For each row its new text, without end token and stop string; None without a tokenizer.
-        seed: Of the random numbers.
-        state: What the model remembers of all these tokens, to go on from; None if it was not asked for.
-    """
-
-    sequences: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    log_probs: Tensor | None
-    finish_reasons: tuple[FinishReason, ...]
-    texts: tuple[str, ...] | None
-    seed: int
-    state: GenerationState | None
 
 
 class Generator:
@@ -363,66 +337,6 @@ class Generator:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-
-def generate(
-    model: Any,
-    input_ids: Prompts,
-    *,
-    tokenizer: Any = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
-    context: int | None = None,
-    chunk_len: int | None = None,
-    **options: Any,
-) -> Generated:
-    """Continue prompts, greedily unless a temperature says otherwise; a `Generator` is faster from the second call on.
-
-    Args:
-        model: A causal language model, as for `Generator`.
-        input_ids: Prompts, shape (B, L), or a list of texts; as for `Generator.stream`.
-        tokenizer: As for `Generator`; stop strings need one.
-        max_new_tokens: As in `Sampling`.
-        temperature: As in `Sampling`; 0 takes the most probable token.
-        top_k: As in `Sampling`.
-        top_p: As in `Sampling`.
-        min_p: As in `Sampling`.
-        repetition_penalty: As in `Sampling`.
-        seed: As in `Sampling`.
-        stop: One string or several, as in `Sampling`.
-        context: As for `Generator`.
-        chunk_len: As for `Generator`.
-        **options: ``attention_mask``, ``lengths``, ``eos_token_id``, ``pad_token_id``, ``log_probs``, ``state``,
-            ``rows``, ``keep_state`` and ``on_tokens`` of `Generator.generate`.
-
-    Returns:
-        Tokens, texts and all that was asked for.
-
-    Raises:
-        ConfigError: If a value is out of its range.
-        HipposError: As for `Generator.stream`.
-
-    Example:
-        ``generate(model, ids, max_new_tokens=20).sequences`` are the tokens that ``model.generate(ids,
-        max_new_tokens=20, do_sample=False)`` gives.
-    """
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-    )
-    return Generator(model, tokenizer, context=context, chunk_len=chunk_len).generate(input_ids, sampling, **options)
 
 
 def _is_h3(model: Any) -> bool:

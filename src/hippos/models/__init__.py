@@ -9,7 +9,8 @@ from hippos.models.presets import PRESETS
 from hippos.models.registration import load_models, register_deferred
 
 if TYPE_CHECKING:
-    from hippos.models.modeling_h3 import H3ForCausalLM, H3Model, H3PreTrainedModel
+    from hippos.models.modeling_h3 import H3ForCausalLM, H3Model
+    from hippos.models.pretrained_h3 import H3PreTrainedModel
 
 __all__ = ["PRESETS", "H3Config", "H3ForCausalLM", "H3Model", "H3PreTrainedModel"]
 

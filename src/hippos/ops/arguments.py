@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
+from hippos.ops.tracing import constant_in_traces
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 
@@ -108,7 +109,7 @@ def check_offsets(cu_seqlens: Tensor | None, *, batch: int) -> None:
         raise ValueError(f"cu_seqlens must have n_docs + 1 >= 2 entries, got {cu_seqlens.shape[0]}")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def is_debugging() -> bool:
     """Whether values that lie on a GPU are checked too, which waits for it: HIPPOS_DEBUG is set and not 0."""
     return os.environ.get("HIPPOS_DEBUG", "0") not in ("", "0")

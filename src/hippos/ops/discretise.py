@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
-from hippos.ops.exporting import is_exporting
 from hippos.ops.pairs import Pair, add, join_pairs, multiply, multiply_conj, scale, split_pairs
 from hippos.ops.stacking import stack_as_channels
+from hippos.ops.tracing import is_exporting
 
 Discretisation = Literal["bilinear", "zoh"]
 

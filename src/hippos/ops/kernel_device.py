@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
+
+from hippos.ops.tracing import constant_in_traces
 
 
 def is_interpreted() -> bool:
@@ -13,7 +16,7 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def why_not_device(device: torch.device) -> str | None:
     """What keeps kernels from a device, in the words of an error message; None if nothing does."""
     if is_interpreted():
@@ -22,15 +25,25 @@ def why_not_device(device: torch.device) -> str | None:
         return f"it needs CUDA tensors, got {device.type}"
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def has_large_shared_memory(device: torch.device) -> bool:
     """Whether a program may use 227 KB, as on Hopper and the Blackwell of data centres; true of the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type != "cuda" or _capability(device)[0] in (9, 10)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

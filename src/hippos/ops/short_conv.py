@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hippos.errors import UnsupportedError
-from hippos.ops.exporting import is_exporting
 from hippos.ops.precision import without_autocast
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.toeplitz import toeplitz, toeplitz_adjoint
+from hippos.ops.tracing import is_exporting
 
 SHORT_LEN = 64
 """Up to this length the product is the fastest form, on a CPU and a GPU."""

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import Impl, check_impl, check_signal, check_tensor
-from hippos.ops.exporting import is_exporting
 from hippos.ops.fft_conv.autograd import fft_conv_triton, why_not_triton
 from hippos.ops.fft_conv.reference import fft_conv_reference
 from hippos.ops.fft_conv.spectral import fft_conv_torch
+from hippos.ops.tracing import is_exporting
 
 __all__ = ["fft_conv"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
-from hippos.ops.exporting import is_exporting
 from hippos.ops.precision import without_autocast
 from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.stacking import stack_as_channels
+from hippos.ops.tracing import is_exporting
 
 
 def fft_conv_torch(

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import Impl, check_impl, check_modes, check_signal, check_tensor, document_bounds
-from hippos.ops.exporting import is_exporting
 from hippos.ops.h3_mix.autograd import h3_mix_triton, is_common, why_not_triton
 from hippos.ops.h3_mix.chunked import h3_mix_torch
 from hippos.ops.h3_mix.reference import h3_mix_reference
 from hippos.ops.h3_mix.state import H3State, check_state
+from hippos.ops.tracing import is_exporting
 
 __all__ = ["H3State", "h3_mix"]
 

@@ -12,7 +12,7 @@ from hippos.ops.h3_mix.chunked import kept_keys
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
 from hippos.ops.h3_mix.state import H3State, last_keys
 from hippos.ops.h3_mix.tail import state_after_tail
-from hippos.ops.kernel_device import is_interpreted
+from hippos.ops.kernel_device import has_large_shared_memory, is_interpreted
 from hippos.ops.ssm_conv.autograd import why_not_triton as why_not_ssm_conv
 from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.ssm_conv.schedule import forward_schedule, saved_dtype, saved_shape
@@ -32,7 +32,7 @@ def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int
     if n_taps > most_taps:
         return f"it takes shift filters of up to {most_taps} taps in {q.dtype}, got {n_taps}"
     obstacle = why_not_ssm_conv(q, log_a)
-    if obstacle is None and not (fits_everywhere(q, shift_filter, log_a) or _has_large_shared_memory(q.device)):
+    if obstacle is None and not (fits_everywhere(q, shift_filter, log_a) or has_large_shared_memory(q.device)):
         return "float32, or more than 64 taps or 32 modes, needs a GPU with 227 KB of shared memory a multiprocessor"
     return obstacle
 
@@ -50,11 +50,6 @@ def fits_everywhere(q: Tensor, shift_filter: Tensor, log_a: Tensor) -> bool:
 def is_common(shift_filter: Tensor, log_a: Tensor) -> bool:
     """Whether the SSMs are no larger than those that the kernels' tests have run with on a GPU."""
     return shift_filter.shape[1] <= COMMON_TAPS and log_a.shape[1] <= COMMON_MODES
-
-
-@torch.compiler.assume_constant_result
-def _has_large_shared_memory(device: torch.device) -> bool:
-    return is_interpreted() or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def h3_mix_triton(

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.chunks import Chunks
-from hippos.ops.exporting import is_exporting
 from hippos.ops.precision import without_autocast
 from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.toeplitz import band, band_adjoint
+from hippos.ops.tracing import is_exporting
 
 CHUNK_LEN = 64
 

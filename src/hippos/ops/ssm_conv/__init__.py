@@ -18,10 +18,10 @@ from hippos.ops.arguments import (
     document_bounds,
     is_debugging,
 )
-from hippos.ops.exporting import is_exporting
 from hippos.ops.ssm_conv.autograd import ssm_conv_triton, why_not_triton
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
 from hippos.ops.ssm_conv.reference import ssm_conv_reference
+from hippos.ops.tracing import is_exporting
 
 __all__ = ["ssm_conv"]
 

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import compute_dtype
-from hippos.ops.exporting import is_exporting
 from hippos.ops.fft_conv.spectral import fft_conv_torch
 from hippos.ops.short_conv import SHORT_LEN, short_conv
 from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len, gated, ssm_conv_chunked
 from hippos.ops.ssm_conv.chunked_op import ssm_conv_chunked_op
 from hippos.ops.ssm_filter.two_level import ssm_filter_torch
+from hippos.ops.tracing import is_exporting
 
 MAX_FFT_LEN = 8192
 LARGE_SIGNAL = 2**22  # samples

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import gcd
 
 import torch
 from torch import Tensor
+
+from hippos.ops.kernel_device import has_large_shared_memory
 
 FEW_MODES = 8  # up to so many, or
 FEW_SAMPLES = 4096  # with fewer of them, rounding errors do not average out
@@ -191,7 +192,7 @@ def backward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) ->
     operand = torch.float32 if dtype == torch.float32 else operand
     if device.type != "cuda":
         return Schedule(chunk=16, rows=16, lanes=4, planes=planes, operand=operand)
-    if not _has_large_shared_memory(device):
+    if not has_large_shared_memory(device):
         chunk = 16 if dtype == torch.float32 else 64 if dtype == torch.bfloat16 and n_modes <= 32 else 32
         rows, lanes = (32, 8) if dtype == torch.float32 else (64, 16)
     else:
@@ -202,12 +203,6 @@ def backward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) ->
 def with_exact_products(schedule: Schedule) -> Schedule:
     """The schedule with float16 in place of bfloat16 products, which take longer."""
     return replace(schedule, operand=torch.float16) if schedule.operand == torch.bfloat16 else schedule
-
-
-@lru_cache
-def _has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 227 KB, as on Hopper and the Blackwell of data centres."""
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def most_modes(dtype: torch.dtype) -> int:

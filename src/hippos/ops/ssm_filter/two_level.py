@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hippos.errors import UnsupportedError
-from hippos.ops.exporting import is_exporting
 from hippos.ops.modes import Modes, filter_taps, filter_taps_adjoint
 from hippos.ops.powers import power_tables
 from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_filter.small import is_small, ssm_filter_small_op
 from hippos.ops.stacking import stack_as_channels
+from hippos.ops.tracing import is_exporting
 
 
 def ssm_filter_torch(log_a: Tensor, b: Tensor, c: Tensor, filter_len: int) -> Tensor:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_impl, check_modes, check_tensor
-from hippos.ops.exporting import is_exporting
 from hippos.ops.h3_mix import check_mix_parameters
 from hippos.ops.h3_mix.state import H3State, check_state
 from hippos.ops.ssm_step.in_place import DiagonalStep, H3Step, h3_step_in_place, ssm_step_in_place
 from hippos.ops.ssm_step.kernel_op import h3_step_triton, why_not_triton
 from hippos.ops.ssm_step.reference import h3_step_reference, ssm_step_reference
+from hippos.ops.tracing import is_exporting
 
 __all__ = ["H3Step", "h3_step", "h3_step_operators", "h3_step_prepared", "ssm_step"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hippos.ops.exporting import is_exporting
+from hippos.ops.tracing import is_exporting
 
 
 class Probe(torch.nn.Module):
