@@ -17,7 +17,8 @@ def test_json_tells_versions_and_devices():
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["transformers"] == transformers.__version__
     assert "cpu" in report["devices"]
-    assert set(report["operators"]) == {"ssm_filter", "ssm_conv", "ssm_step", "fft_conv", "h3_mix", "h3_step"}
+    operators = {"ssm_filter", "ssm_conv", "ssm_step", "fft_conv", "h3_mix", "h3_step", "linear_cross_entropy"}
+    assert set(report["operators"]) == operators
     if not torch.cuda.is_available():
         assert set(report["operators"].values()) == {"torch on cpu"}
 

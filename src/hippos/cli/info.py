@@ -87,6 +87,7 @@ def _operators() -> dict[str, str]:
         "fft_conv": (one, rows),
         "h3_mix": (one, one, one, *mixer),
         "h3_step": (rows, rows, rows, state, *mixer),
+        "linear_cross_entropy": (rows, rows, torch.zeros(1, dtype=torch.long, device=device)),
     }
     taken = {}
     for name, arguments in calls.items():
