@@ -53,11 +53,12 @@ def save_state(state: GenerationState, path: str | os.PathLike[str]) -> None:
 
     path = Path(path)
     tensors = _packed(state)
+    fingerprint = model_fingerprint(state.model)
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
-        "model": model_fingerprint(state.model),
-        "checksum": _checksum(tensors),
+        "model": fingerprint,
+        "checksum": _checksum(tensors, fingerprint),
     }
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -102,11 +103,12 @@ def load_state(path: str | os.PathLike[str], model: Any) -> GenerationState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except (SafetensorError, ValueError) as error:
         raise StateError(f"{path} is damaged, or no state file: {str(error).splitlines()[0]}") from error
-    if metadata.get("version") != _VERSION:
-        raise StateError(f"{path} has version {metadata.get('version')} of the format, known is {_VERSION}")
-    if metadata.get("checksum") != _checksum(tensors):
+    version, fingerprint = metadata.get("version", ""), metadata.get("model", "")
+    if version != _VERSION and version.isdecimal():
+        raise StateError(f"{path} has version {version} of the format, known is {_VERSION}")
+    if version != _VERSION or metadata.get("checksum") != _checksum(tensors, fingerprint):
         raise StateError(f"{path} is damaged: its checksum does not fit its content")
-    if metadata.get("model") != model_fingerprint(model):
+    if fingerprint != model_fingerprint(model):
         raise StateError(f"{path} is the state of another model, or of this one with other weights or another dtype")
     return _unpacked(tensors, model)
 
@@ -169,8 +171,8 @@ def _from_bits(packed: Tensor, n_tokens: int) -> Tensor:
     return bits.flatten(1)[:, :n_tokens].bool()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=32)
+def _checksum(tensors: dict[str, Tensor], fingerprint: str) -> str:
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=32)
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         digest.update(_bytes(tensors[name]))
