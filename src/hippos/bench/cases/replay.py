@@ -32,7 +32,11 @@ def eager(works: Mapping[str, Work]) -> Method:
 
 
 def capture(work: Work) -> Work:
-    """Run a work twice, capture it in a CUDA graph, and return what replays it."""
+    """Run a work twice, capture it in a CUDA graph, and return what replays it.
+
+    A graph holds the addresses of the tensors that it reads, not the tensors: what replays it keeps the work, and with
+    it its tensors, alive.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -42,7 +46,11 @@ def capture(work: Work) -> Work:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(_kept: Work = work) -> None:
+        graph.replay()
+
+    return replay
 
 
 def copy_of_two(signal: Tensor) -> Work:
