@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from hippos.layers.arguments import check_mask, check_tokens, without_autocast
 from hippos.layers.param_groups import ParamGroup, param_groups
-from hippos.layers.projections import project_from_channels, project_to_channels, project_tokens
+from hippos.layers.projections import (
+    can_project_jointly,
+    project_from_channels,
+    project_jointly,
+    project_to_channels,
+    project_tokens,
+)
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftOperators, ShiftSSM
 from hippos.ops import H3State, h3_mix
+from hippos.ops.h3_mix.joint import h3_mix_joint, takes_joint
 from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
+from hippos.ops.tracing import is_exporting
 
 HEAD_LAYOUTS = ("hd", "dh")
 SHIFTS = ("learned", "frozen", "none")
@@ -174,6 +182,10 @@ class H3(nn.Module):
         """
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.k_proj)
         check_mask(mask, u)
+        if u.is_cuda and initial_state is None and not return_state and cu_seqlens is None and mask is None:
+            o = self._mix_jointly(u)
+            if o is not None:
+                return project_from_channels(self.out_proj, o)
         q, k, v = self._project(u, project_to_channels)  # (B, D, L)
         if mask is not None:
             is_padding = (mask == 0).unsqueeze(1)
@@ -277,6 +289,11 @@ class H3(nn.Module):
             self._prepared = (shift, diag, operators)
         return self._prepared[2]
 
+    @property
+    def remembered(self) -> object:
+        """What `step_operators` has made last; forward passes make it stale, and the next step drops it then."""
+        return self._prepared
+
     def _project(self, u: Tensor, project: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries, keys and values; without gates, queries and values are 1."""
         k = project(self.k_proj, u)
@@ -284,6 +301,23 @@ class H3(nn.Module):
             ones = k.new_ones(()).expand_as(k)
             return ones, k, ones
         return project(self.q_proj, u), k, project(self.v_proj, u)
+
+    def _mix_jointly(self, u: Tensor) -> Tensor | None:
+        """Mix whole sequences by the kernels behind one product for q, k and v; None where that cannot be.
+
+        Gives (B, D, L).
+        """
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if self.head_dim > 1 or is_exporting() or not can_project_jointly(linears):
+            return None
+        qkv = project_jointly(linears, u)
+        with without_autocast(u.device.type):
+            diag = self.diag.operators()
+            shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
+            if takes_joint(qkv, shift.filter, diag.log_a):
+                return h3_mix_joint(qkv, *shift, *diag)
+            q, k, v = qkv.unbind(0)
+            return h3_mix(q, k, v, *shift, *diag)
 
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -64,6 +65,39 @@ def project_to_channels(linear: nn.Module, u: Tensor) -> Tensor:
     return product.view(-1, batch, seqlen).transpose(0, 1)
 
 
+def can_project_jointly(linears: Sequence[nn.Module | None]) -> TypeGuard[Sequence[nn.Linear]]:
+    """Whether `project_jointly` takes these modules: plain linear ones of one size and dtype."""
+    first = linears[0]
+    return is_plain_linear(first) and all(
+        is_plain_linear(linear)
+        and linear.weight.shape == first.weight.shape
+        and linear.weight.dtype == first.weight.dtype
+        and (linear.bias is None) == (first.bias is None)
+        for linear in linears
+    )
+
+
+def project_jointly(linears: Sequence[nn.Linear], u: Tensor) -> Tensor:
+    """Apply several linear modules to the same tokens in one product and give the results channels first.
+
+    The weights are copied side by side in every call, which costs little beside many tokens.
+
+    Args:
+        linears: Modules for which `can_project_jointly` holds, each from D_in to D_out.
+        u: Tokens, shape (B, L, D_in).
+
+    Returns:
+        Channels, shape (len(linears), B, D_out, L), (len(linears), D_out, B, L) in memory.
+    """
+    batch, seqlen, _ = u.shape
+    columns = u.reshape(batch * seqlen, -1).t()  # (D_in, B * L)
+    weight = torch.cat([linear.weight for linear in linears])
+    biases: list[Tensor | None] = [linear.bias for linear in linears]
+    given = [bias for bias in biases if bias is not None]
+    product = torch.addmm(torch.cat(given).unsqueeze(1), weight, columns) if given else weight @ columns
+    return product.view(len(linears), -1, batch, seqlen).transpose(1, 2)
+
+
 def project_from_channels(linear: nn.Module, x: Tensor) -> Tensor:
     """Apply a linear module to channels-first activations and give tokens.
 
@@ -97,7 +131,7 @@ def _goes_in_blocks(linear: nn.Module, u: Tensor) -> TypeGuard[nn.Linear]:
     )
 
 
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Tell whether a module is an ``nn.Linear`` whose call does nothing but multiply by ``weight`` and add ``bias``."""
     return (
         type(module) is nn.Linear

@@ -22,7 +22,7 @@ from hippos.ops.stacking import stack_as_channels
 COMMON_TAPS, COMMON_MODES = 64, 32
 
 
-def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: object) -> str | None:
+def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: object = None) -> str | None:
     """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
     if head_dim > 1:
         return f"it takes head_dim 1, got {head_dim}"

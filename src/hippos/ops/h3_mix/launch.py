@@ -112,7 +112,9 @@ def h3_mix_fwd(
     return y, _drop_padding(state, n_modes), saved
 
 
-def h3_mix_bwd(inputs: MixInputs, dout: Tensor, dstate: Tensor | None, saved: Tensor) -> MixInputs:
+def h3_mix_bwd(
+    inputs: MixInputs, dout: Tensor, dstate: Tensor | None, saved: Tensor, *, joint: Tensor | None = None
+) -> MixInputs:
     """Run the backward kernels.
 
     The shifted keys are made again in the dtype of the keys; with them as a gate the rest is the backward pass of
@@ -123,14 +125,16 @@ def h3_mix_bwd(inputs: MixInputs, dout: Tensor, dstate: Tensor | None, saved: Te
         dout: Gradient of y, shape (B, D, L), last stride 1, without gaps in memory.
         dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B, D, M, 2), or None.
         saved: States from `h3_mix_fwd`.
+        joint: Memory for the gradients of q, k and v, shape (3, B, D, L), each laid out like ``dout``; or None.
 
     Returns:
         The gradients; those of signals laid out like ``dout``.
     """
-    q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
-    key = _shift_keys(inputs, torch.empty_like(dout, dtype=k.dtype))
+    q, _, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
+    dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
+    key = _shift_keys(inputs, dk)
     diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    dv, dlog_a, db, dc, dd, dkey, dq, dinitial = ssm_conv_bwd(diag, None, dout.contiguous(), dstate, saved)
+    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(diag, None, dout, dstate, saved, du=dv, dout_gate=dq)
     dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key)  # in the place of the shifted keys
     dpast = torch.empty(0, device=q.device)
     if past is not None:
@@ -140,13 +144,7 @@ def h3_mix_bwd(inputs: MixInputs, dout: Tensor, dstate: Tensor | None, saved: Te
         )
         dfilter, dskip = dfilter + more, dskip + more[:, 0]
         dpast = dpast if from_head is None else from_head
-    dq, dv = laid_out_like(dout, dq), laid_out_like(dout, dv)
     return MixInputs(dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial)
-
-
-def laid_out_like(dout: Tensor, dx: Tensor) -> Tensor:
-    """``dx`` with the strides of ``dout``."""
-    return dx if dx.stride() == dout.stride() else torch.empty_like(dout, dtype=dx.dtype).copy_(dx)
 
 
 def _shift_keys(inputs: MixInputs, key: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def ssm_conv_bwd(
     *,
     schedule: Schedule | None = None,
     operators: ChunkOperators | None = None,
+    du: Tensor | None = None,
+    dout_gate: Tensor | None = None,
 ) -> Gradients:
     """Run the backward kernels.
 
@@ -122,6 +124,8 @@ def ssm_conv_bwd(
         saved: States from `ssm_conv_fwd`.
         schedule: Overrides the table; its tiles must span as many samples as those that ``saved`` was made for.
         operators: Chunk operators made before, of that schedule; the SSM parameters then get no gradients.
+        du: Memory for the gradient of u, laid out like ``dout``, or None.
+        dout_gate: The same for the gradient of the output gate.
 
     Returns:
         The gradients; those of signals lie in memory as ``dout`` does.
@@ -140,8 +144,8 @@ def ssm_conv_bwd(
     wants_parameters = operators is None
     operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
 
-    du = torch.empty_like(dout, dtype=u.dtype)
-    din, dgate = _like(in_gate, dout), _like(out_gate, dout)
+    du = torch.empty_like(dout, dtype=u.dtype) if du is None else du
+    din, dgate = _like(in_gate, dout), _like(out_gate, dout) if dout_gate is None else dout_gate
     n_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wants_dinitial = initial_state is not None
     dinitial = torch.zeros((n_sequences, n_heads, modes, 2) if wants_dinitial else (0,), device=device)
