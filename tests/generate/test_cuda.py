@@ -106,6 +106,19 @@ def test_changed_weights_are_noticed():
     assert torch.equal(writer.generate(prompt, GREEDY).tokens, Generator(model).generate(prompt, GREEDY).tokens)
 
 
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4]])
+def test_a_graph_outlives_what_other_generators_make_the_layers_drop(shape):
+    model, prompt = make_model(**shape), draw(2, 7)
+    first = Generator(model)
+    wanted = first.generate(prompt, GREEDY).tokens
+    for _ in range(2):
+        assert torch.equal(Generator(model).generate(prompt, GREEDY).tokens, wanted)
+        torch.cuda.empty_cache()
+        kept = torch.randn(64, 2**18, device="cuda")  # where freed memory was
+        assert torch.equal(first.generate(prompt, GREEDY).tokens, wanted)
+        del kept
+
+
 def test_a_step_allocates_nothing_and_rows_end_alone():
     model, prompt = make_model(attn_layers=(1,)), draw(3, 5)
     writer = Generator(model)

@@ -39,6 +39,7 @@ class GraphSteps:
         self._n_wanted = self._n_launched = self._n_given = 0
         with torch.no_grad(), torch.cuda.device_of(self._tokens):  # type: ignore[no-untyped-call]
             self._graph = self._capture()
+        self._kept = decoder.operators()  # the graph reads them, and reading a prompt makes the layers drop them
 
     def start(self, seed: int | None, rows: Sequence[int] | None, *, max_new_tokens: int) -> None:
         """Begin a generation behind prompts that have been read."""

@@ -13,8 +13,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hippos.generate.fused_step import FusedStep
 from hippos.generate.state import GenerationState, KeyValues
-from hippos.layers import MLP, S4
+from hippos.layers import H3, MLP, S4
 from hippos.layers.projections import is_plain_linear, project_tokens
+from hippos.layers.ssm_module import SSMModule
 from hippos.models.attention import CachedSelfAttention
 from hippos.ops import H3State
 from hippos.ops.decode import MOST_ROWS, StepImpl, attention_step
@@ -118,6 +119,11 @@ class H3Decoder:
         self.state.seen.scatter_(1, tokens.unsqueeze(1), True)
         self.state.lengths.add_(1)
         self.state.ring.add_(1)
+
+    def operators(self) -> list[object]:
+        """What the layers have made of their parameters for steps; a CUDA graph reads it and keeps none of it alive."""
+        parts = [module for module in self.model.modules() if isinstance(module, H3 | SSMModule)]
+        return [part.remembered for part in parts]
 
     def count_step(self) -> None:
         """Note on the host that each text has one more token."""

@@ -77,6 +77,11 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
             self._memory = _Memory(self, self())
         return self._memory.operators
 
+    @property
+    def remembered(self) -> object:
+        """What `operators` remembers; the next computation drops it."""
+        return self._memory
+
     def forget(self) -> None:
         """Drop what `operators` remembers."""
         self._memory = None
