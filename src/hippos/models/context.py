@@ -3,6 +3,10 @@
 What a part needs of those before it is little: an SSM layer takes its state, which passes on with a known decay, and
 the last N - 1 keys; an attention layer takes all keys and values before it. The sum of the processes' losses is the
 loss of the whole sequence, and the sum of their gradients its gradient.
+
+No process waits for another one's outputs. What a part adds to the state is a sum over its samples, which is made first
+(`hippos.ops.ssm_state`), exchanged, and chained; then the layer runs once, from the state that is then known. Backward
+in time the same happens with the gradient of the state.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from hippos.layers.arguments import without_autocast
 from hippos.layers.h3 import _no_shift
 from hippos.layers.projections import project_from_channels, project_to_channels
 from hippos.ops import H3State, h3_mix
+from hippos.ops.ssm_state import h3_initial_gradient, h3_state_after, initial_gradient, pass_time, state_after
 
 __all__ = ["ContextPart", "attend_in_context", "mix_in_context", "split_context"]
 
@@ -70,6 +75,7 @@ def split_context(input_ids: Tensor, targets: Tensor | None, part: ContextPart) 
     return arguments
 
 
+@torch.compiler.disable(reason="processes exchange states in the middle of the layer")  # type: ignore[no-untyped-call]
 def mix_in_context(mixer: H3 | SSMLayer, u: Tensor, part: ContextPart) -> Tensor:
     """Run an SSM layer on this process's part of the sequences.
 
@@ -84,6 +90,7 @@ def mix_in_context(mixer: H3 | SSMLayer, u: Tensor, part: ContextPart) -> Tensor
     return _mix_h3(mixer, u, part) if isinstance(mixer, H3) else _mix_ssm(mixer, u, part)
 
 
+@torch.compiler.disable(reason="processes exchange keys and values")  # type: ignore[no-untyped-call]
 def attend_in_context(q: Tensor, k: Tensor, v: Tensor, part: ContextPart, *, dropout: float, scaling: float) -> Tensor:
     """Attend from this part's queries to its own keys and those of the parts before.
 
@@ -108,38 +115,75 @@ def gather_parts(x: Tensor, part: ContextPart) -> Tensor:
     return cast(Tensor, _GatherParts.apply(x, part))  # type: ignore[no-untyped-call]
 
 
-def pass_states(state: Tensor, log_a: Tensor, seqlen: int, part: ContextPart) -> Tensor:
-    """The SSM state before this part, from each part's state after it, had it begun with an empty one.
+def pass_states(added: Tensor, log_a: Tensor, seqlen: int, part: ContextPart) -> Tensor:
+    """The SSM state before this part, from what each part adds to it.
 
     Args:
-        state: This part's, shape (B, H, ..., M, 2).
+        added: The state after this part, had it begun with an empty one, shape (B, H, ..., M, 2).
         log_a: log Abar, shape (H, M, 2).
         seqlen: Tokens of a part.
         part: This process's part.
 
     Returns:
-        The state before this part's first token, shape of ``state``.
+        The state before this part's first token, shape of ``added``; no gradient flows.
     """
-    # The phase of a mode after a million steps needs more digits than float32 has.
-    exponent = log_a.double() * seqlen
-    size = exponent[..., 0].exp()
-    decay = torch.stack((size * exponent[..., 1].cos(), size * exponent[..., 1].sin()), dim=-1).to(state.dtype)
-    decay = decay.view(decay.shape[0], *[1] * (state.ndim - 4), *decay.shape[1:])  # (H, ..., M, 2)
-    states = gather_parts(state, part)
-    # A sum over nothing keeps the first part in the exchange of gradients.
-    before = states[:0].sum(dim=0)
-    for earlier in states[: part.rank]:
-        before = _times(decay, before) + earlier
+    before = torch.zeros_like(added)
+    for earlier in _gathered(added, part)[: part.rank]:
+        before = pass_time(before, log_a, seqlen) + earlier
     return before
+
+
+class _Link(NamedTuple):
+    """What takes the gradient of a part's outputs to that of the state before the part."""
+
+    out_gate: Tensor | None
+    log_a: Tensor
+    c: Tensor
+    head_dim: int
+    seqlen: int
+    part: ContextPart
+
+
+class _ReceiveGradient(torch.autograd.Function):
+    """The outputs as they are; in the backward pass the state after them gets the gradient of later parts."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, after: Tensor, link: _Link) -> Tensor:
+        # Through autograd's hands, so that activation checkpointing need not keep the gate.
+        ctx.save_for_backward(link.out_gate, link.log_a, link.c)
+        ctx.others = link[3:]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        (out_gate, log_a, c), (head_dim, seqlen, part) = ctx.saved_tensors, ctx.others
+        if out_gate is None:
+            added = initial_gradient(dy, log_a, c)
+        else:
+            added = h3_initial_gradient(dy, out_gate, log_a, c, head_dim=head_dim)
+        gradient = torch.zeros_like(added)
+        for later in _gathered(added, part)[part.rank + 1 :].flip(0):
+            gradient = pass_time(gradient, log_a, seqlen, is_adjoint=True) + later
+        return dy, gradient, None
+
+
+def _receive_gradient(y: Tensor, after: Tensor, link: _Link) -> Tensor:
+    return cast(Tensor, _ReceiveGradient.apply(y, after, link))  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _gathered(x: Tensor, part: ContextPart) -> Tensor:
+    """Every process's ``x`` on a new first axis."""
+    gathered = x.new_empty(part.size, *x.shape)
+    dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=part.group)
+    return gathered
 
 
 class _GatherParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: ContextPart) -> Tensor:
         ctx.part = part
-        gathered = x.new_empty(part.size, *x.shape)
-        dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=part.group)
-        return gathered
+        return _gathered(x, part)
 
     @staticmethod
     def backward(ctx: Any, dgathered: Tensor) -> tuple[Tensor, None]:
@@ -163,13 +207,13 @@ def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
         n_keys = shift.filter.shape[1] - 1
         if n_keys > seqlen:
             raise ValueError(f"each process needs at least the {n_keys} tokens of the shift SSM's past, got {seqlen}")
-        empty = mixer.init_state(u.shape[0], device=u.device, dtype=k.dtype)
         halo = _keys_before(k, n_keys, part)
+        head_dim, log_a, c = mixer.head_dim, diag.log_a.detach(), diag.c.detach()
+        added = h3_state_after(k, v, *shift, log_a, diag.b, past=halo, head_dim=head_dim)
+        before = H3State(halo, pass_states(added, log_a, seqlen, part))
         arguments = (q, k, v, *shift, *diag)
-        local = H3State(halo, empty.diag)
-        _, after = h3_mix(*arguments, head_dim=mixer.head_dim, initial_state=local, return_state=True)
-        before = H3State(halo, pass_states(after.diag, diag.log_a, seqlen, part))
-        o = h3_mix(*arguments, head_dim=mixer.head_dim, initial_state=before)
+        o, after = h3_mix(*arguments, head_dim=head_dim, initial_state=before, return_state=True)
+        o = _receive_gradient(o, after.diag, _Link(q.detach(), log_a, c, head_dim, seqlen, part))
     return project_from_channels(mixer.out_proj, mixer._order_channels(o))
 
 
@@ -181,10 +225,11 @@ def _mix_ssm(mixer: SSMLayer, u: Tensor, part: ContextPart) -> Tensor:
         if not hasattr(operators, "log_a"):
             raise UnsupportedError(f"{type(mixer).__name__} layers cannot be split over processes: no diagonal SSM")
         channels = x.transpose(1, 2)
-        empty = mixer.init_state(u.shape[0], device=u.device)
-        _, after = mixer._convolve(channels, empty, True, None)
-        before = pass_states(cast(Tensor, after), operators.log_a, u.shape[1], part)
-        y, _ = mixer._convolve(channels, before, False, None)
+        log_a, c = operators.log_a.detach(), operators.c.detach()
+        added = state_after(channels, log_a, operators.b)
+        before = pass_states(added, log_a, u.shape[1], part)
+        y, after = mixer._convolve(channels, before, True, None)
+        y = _receive_gradient(y, cast(Tensor, after), _Link(None, log_a, c, 1, u.shape[1], part))
     return mixer._leave(y.transpose(1, 2), u)
 
 
@@ -192,10 +237,3 @@ def _keys_before(k: Tensor, n_keys: int, part: ContextPart) -> Tensor:
     """The last keys of the part before, (B, D, n_keys); zeros before the first part."""
     last = gather_parts(k[..., k.shape[-1] - n_keys :], part)
     return last[:0].sum(dim=0) if part.rank == 0 else last[part.rank - 1]
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Product of complex numbers as pairs on the last axis."""
-    real = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
-    imag = a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]
-    return torch.stack((real, imag), dim=-1)
