@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from hippos.data import pack_in_memory, train_tokenizer
 from hippos.errors import CorpusError, TokenizerError
 from hippos.evaluate import TextScore, score_packed, score_text, token_nll
 from hippos.models import H3Config, H3ForCausalLM
+from hippos.ops.cross_entropy import chunked
 
 VOCAB = 300
 TEXTS = ("The hippo déjà vu.\n" * 3, "Another text.")
@@ -107,6 +109,31 @@ def test_progress_counts_to_the_end(model: H3ForCausalLM, tokens: np.ndarray) ->
     token_nll(model, tokens, window=12, stride=5, batch_size=2, on_progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 40
+
+
+def test_whole_logits_score_the_same(model: H3ForCausalLM, tokens: np.ndarray) -> None:
+    chunked = token_nll(model, tokens, window=12, stride=5, batch_size=2)
+    head = copy.deepcopy(model)
+    head.lm_head = torch.nn.Sequential(head.lm_head)  # no plain product any more
+    assert token_nll(head, tokens, window=12, stride=5, batch_size=2) == pytest.approx(chunked, rel=1e-6)
+
+
+def test_logits_never_exist_whole(model: H3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hippos.evaluate.perplexity.CHUNK_TOKENS", 8)
+    seen = []
+
+    def spy(logits: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(logits.shape)
+        return softmax(logits, *args)
+
+    softmax = chunked._softmax
+    monkeypatch.setattr(chunked, "_softmax", spy)
+    text = np.random.default_rng(1).integers(1, VOCAB, 101)
+    whole = token_nll(model, text, window=50, batch_size=2)
+    assert len(seen) == 13
+    assert {shape[0] for shape in seen} == {8, 4}
+    monkeypatch.setattr("hippos.evaluate.perplexity.CHUNK_TOKENS", 1000)
+    assert token_nll(model, text, window=50, batch_size=2) == pytest.approx(whole, rel=1e-9)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(0, None), (4, 0), (4, 5)])

@@ -14,14 +14,19 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hippos.data import PackedTokens, collate_blocks, collate_documents, pack_in_memory
 from hippos.errors import TokenizerError
+from hippos.models import H3ForCausalLM
+from hippos.models.loss import next_token_loss
 
 __all__ = ["TextScore", "score_packed", "score_text", "token_nll"]
+
+CHUNK_TOKENS = 4096  # whose logits exist at a time
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def token_nll(
     Windows of ``window`` inputs start every ``stride`` ids; from the second window on only the last ``stride``
     predictions count, so that each has at least ``window - stride`` ids of context. With ``stride`` = ``window`` (the
     default, and what training validates with) windows do not overlap: cheapest, and pessimistic for the first ids of
-    each window.
+    each window. The logits of our models never exist whole, however long the windows.
 
     Args:
         model: A causal language model; put into eval mode for the call and back afterwards.
@@ -101,10 +106,10 @@ def token_nll(
     try:
         for batch, counts in _share(_batches(_windows(len(tokens) - 1, window, stride), batch_size), *part):
             blocks = [torch.as_tensor(np.asarray(tokens[w.start : w.stop + 1]).astype(np.int64)) for w in batch]
-            nll = _block_nll(model, blocks, reset_id)  # (batch, stop - start)
-            for row, w in zip(nll, batch if counts else [], strict=counts):
-                total += float(row[w.first - w.start :].sum(dtype=torch.float64))
-                n_scored += w.stop - w.first
+            nll = _blocks_nll(model, blocks, [w.first - w.start for w in batch], reset_id)
+            if counts:
+                total += nll
+                n_scored += sum(w.stop - w.first for w in batch)
             if on_progress is not None:
                 on_progress(n_scored)
     finally:
@@ -210,11 +215,27 @@ def _share(batches: Iterable[list[_Window]], index: int, n_parts: int) -> Iterat
 
 
 @torch.no_grad()  # inference mode would leave tensors in a sharded model that training cannot use
-def _block_nll(model: PreTrainedModel, blocks: list[Tensor], reset_id: int | None) -> Tensor:
-    """Nll of every target of blocks (L + 1,), shape (B, L), float32."""
+def _blocks_nll(model: PreTrainedModel, blocks: list[Tensor], firsts: list[int], reset_id: int | None) -> float:
+    """Summed nll of blocks (L + 1,), of each from prediction ``first`` on."""
     inputs = collate_blocks(blocks) if reset_id is None else collate_documents(blocks, end_id=reset_id)
+    targets = inputs.pop("targets").clone()  # the inputs may lie in the same memory
+    for row, first in zip(targets, firsts, strict=True):
+        row[:first] = IGNORED
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    targets = inputs.pop("targets")
+    targets = targets.to(model.device)
+    if _has_chunked_loss(model):
+        labels = {"labels": targets, "shift_labels": targets, "num_items_in_batch": 1}
+        return float(model(**inputs, **labels, loss_chunk_tokens=CHUNK_TOKENS, use_cache=False).loss)
     logits = model(**inputs, use_cache=False).logits
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return nll.view(len(blocks), -1)
+    # A row at a time, so that no float32 copy of all logits is made.
+    return sum(
+        float(F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none").sum(dtype=torch.float64))
+        for row, target in zip(logits, targets, strict=True)
+    )
+
+
+def _has_chunked_loss(model: PreTrainedModel) -> bool:
+    """Whether the model gives its loss without whole logits: one of ours whose output product nobody replaced."""
+    return (
+        isinstance(model, H3ForCausalLM) and type(model.lm_head) is nn.Linear and model.loss_function is next_token_loss
+    )
