@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hippos.bench import suite_names  # standard library only
+
+if TYPE_CHECKING:
+    from hippos.bench.harness import SuiteResult
 
 
 def bench(
@@ -47,25 +50,56 @@ def bench(
     chosen = load_suite(suite)
     with _progress() as progress:
         result = run_suite(
-            chosen, is_quick=quick, threads=threads, rounds=rounds, only=tuple(case or ()), progress=progress
+            chosen,
+            is_quick=quick,
+            threads=threads,
+            rounds=rounds,
+            only=tuple(case or ()),
+            progress=progress,
+            on_size=lambda so_far: _save(so_far, out),
         )
     if as_json:
         typer.echo(json.dumps(result.as_data(), indent=1))
     else:
         print_result(result, Console())
     if out is not None:
-        for path in [*result.write(out), *write_figures(result, chosen.cases, out)]:
+        for path in [*_save(result, out), *write_figures(result, chosen.cases, out)]:
             typer.echo(f"wrote {path}", err=True)
+
+
+def _save(so_far: SuiteResult, out: Path | None) -> list[Path]:
+    """Write what is measured so far, so that a run that is cut off keeps it."""
+    return [] if out is None else so_far.write(out)
+
+
+class _Lines:
+    """Progress as plain lines, one for each new thing that happens.
+
+    Args:
+        write: Writes a line.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._text = ""
+
+    def __call__(self, text: str, share: float) -> None:
+        if text != self._text:
+            self._text = text
+            self._write(f"{share:4.0%}  {text}")
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on standard error, which leaves standard output to the result."""
+    """A progress bar on standard error (lines where it is no terminal): standard output is the result's."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
+    if not console.is_terminal:
+        yield _Lines(console.print)
+        return
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda text, share: bar.update(task, description=text, completed=share)

@@ -66,6 +66,15 @@ def test_progress_ends_at_one(make_suite):
     assert "check against float64" in told[0][0]
 
 
+def test_every_size_is_handed_out_when_it_is_done(make_suite):
+    handed: list[list[int]] = []
+    result = run_suite(
+        make_suite(), on_size=lambda so_far: handed.append([size.size["n"] for size in so_far.cases[0].sizes])
+    )
+    assert handed == [[1], [1, 2], [1, 2, 4]]
+    assert [size.size["n"] for size in result.cases[0].sizes] == [1, 2, 4]
+
+
 def test_unknown_case(make_suite):
     with pytest.raises(ConfigError, match="suite 'counting' has no case 'conut'; its cases are: count"):
         run_suite(make_suite(), only=("conut",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +29,7 @@ def run_suite(
     rounds: int | None = None,
     only: tuple[str, ...] = (),
     progress: Progress = lambda text, share: None,
+    on_size: Callable[[SuiteResult], object] = lambda result: None,
 ) -> SuiteResult:
     """Run the cases of a suite in this process.
 
@@ -39,6 +40,8 @@ def run_suite(
         rounds: Kept rounds a workload instead of each case's plan.
         only: Names of the cases to run; empty runs all.
         progress: Told what happens.
+        on_size: Called after every size with what is measured so far, so that a run that is cut off has not been in
+            vain.
 
     Returns:
         The measured suite, with its origin.
@@ -56,8 +59,15 @@ def run_suite(
     date, load_before = datetime.now().astimezone(), load_average()
     with _threads(threads or available_cores()):
         machine = describe_machine(device)
-        results = tuple(_run_case(case, context, tracker, rounds) for case in cases)
-    return SuiteResult(suite.name, is_quick, date, machine, (load_before, load_average()), results)
+        results: list[CaseResult] = []
+
+        def so_far(*running: CaseResult) -> SuiteResult:
+            load = (load_before, load_average())
+            return SuiteResult(suite.name, is_quick, date, machine, load, (*results, *running))
+
+        for case in cases:
+            results.append(_run_case(case, context, tracker, rounds, lambda running: on_size(so_far(running))))
+    return so_far()
 
 
 class _Tracker:
@@ -93,10 +103,20 @@ def _steps(plan: Plan) -> int:
     return 1 + plan.warmup + plan.rounds  # the first is: allocated and checked
 
 
-def _run_case(case: Case[Any], context: Context, tracker: _Tracker, rounds: int | None) -> CaseResult:
+def _run_case(
+    case: Case[Any],
+    context: Context,
+    tracker: _Tracker,
+    rounds: int | None,
+    on_size: Callable[[CaseResult], None],
+) -> CaseResult:
     plan = plan_of(case, context.is_quick, rounds)
-    sizes = tuple(_run_size(case, size, context, plan, tracker) for size in sizes_of(case, context.is_quick))
-    return CaseResult(case.name, case.title, _labels(case, context), case.axis, plan, sizes)
+    result = CaseResult(case.name, case.title, _labels(case, context), case.axis, plan, ())
+    for size in sizes_of(case, context.is_quick):
+        measured = _run_size(case, size, context, plan, tracker)
+        result = replace(result, sizes=(*result.sizes, measured))
+        on_size(result)
+    return result
 
 
 def _run_size(case: Case[Any], size: Any, context: Context, plan: Plan, tracker: _Tracker) -> SizeResult:
