@@ -108,7 +108,7 @@ def _run_case(
     context: Context,
     tracker: _Tracker,
     rounds: int | None,
-    on_size: Callable[[CaseResult], None],
+    on_size: Callable[[CaseResult], object],
 ) -> CaseResult:
     plan = plan_of(case, context.is_quick, rounds)
     result = CaseResult(case.name, case.title, _labels(case, context), case.axis, plan, ())
