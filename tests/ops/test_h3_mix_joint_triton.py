@@ -47,8 +47,8 @@ def test_values_and_gradients():
 @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
 def test_opcheck():
     inputs, _ = make_inputs(2, 2, 20, 4, 3, torch.float32)
-    opcheck(h3_mix_joint_op, (*leaves(*inputs), True))
-    opcheck(h3_mix_joint_op, (*leaves(*inputs), False))
+    opcheck(h3_mix_joint_op, (*leaves(*inputs), None, True))
+    opcheck(h3_mix_joint_op, (*leaves(*inputs), None, False))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler does not run Triton's interpreter")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +20,7 @@ from torch.library import opcheck
 from hippos.errors import UnsupportedError
 from hippos.ops import H3State, h3_mix
 from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, h3_mix_triton
-from tests.ops.ssm_cases import Draw, leaves, relative_error
+from tests.ops.ssm_cases import PACKED, Draw, leaves, relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(
@@ -54,24 +56,26 @@ class Inputs(NamedTuple):
         return Inputs(*(None if x is None else x.to(device) for x in self))
 
 
-def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_state=True, seed=0) -> Inputs:
+def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_state=True, n_docs=None, seed=0) -> Inputs:
+    n_states = batch if n_docs is None else n_docs
     random = Draw(seed=seed, dtype=torch.float32)
     signals = [random.normal(batch, d_model, seqlen, dtype=dtype) for _ in range(3)]
     layer = (random.normal(d_model, n_taps), random.normal(d_model), *random.modes(d_model, n_modes))
-    past = random.normal(batch, d_model, n_taps - 1, dtype=dtype)
-    initial = random.normal(batch, d_model, n_modes, 2)
+    past = random.normal(n_states, d_model, n_taps - 1, dtype=dtype)
+    initial = random.normal(n_states, d_model, n_modes, 2)
     return Inputs(*signals, *layer, random.normal(d_model), *((past, initial) if has_state else (None, None)))
 
 
-def call(inputs: Inputs, impl: str, *, return_state=True):
+def call(inputs: Inputs, impl: str, *, return_state=True, bounds=None):
     state = None if inputs.past is None else H3State(inputs.past, inputs.initial)
-    return h3_mix(*inputs[:9], initial_state=state, return_state=return_state, impl=impl)
+    offsets = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=inputs.q.device)
+    return h3_mix(*inputs[:9], initial_state=state, return_state=return_state, cu_seqlens=offsets, impl=impl)
 
 
-def run(inputs: Inputs, impl: str, *, dtype=None) -> dict[str, Tensor]:
+def run(inputs: Inputs, impl: str, *, dtype=None, bounds=None) -> dict[str, Tensor]:
     """Output, state, and the gradients of a random functional of both."""
     inputs = Inputs(*leaves(*inputs, dtype=dtype))
-    y, state = call(inputs, impl)
+    y, state = call(inputs, impl, bounds=bounds)
     weights = Draw(seed=1)
     loss = sum((x.double() * weights.normal(*x.shape).bfloat16().to(x.device)).sum() for x in (y, *state))
     loss.backward()
@@ -95,6 +99,19 @@ def assert_accurate(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: 
             limit *= 1 if tensor.numel() > 256 else 3  # few numbers do not average their errors out
         error = relative_error(tensor.cpu(), wanted[name].cpu())
         assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.2e}"
+
+
+@contextmanager
+def no_waiting():
+    """Make every wait for the GPU an error."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(action="ignore"):  # setting the mode warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 @interpreter
@@ -121,6 +138,13 @@ class TestInterpreted:
         assert torch.equal(y, wanted["y"])
         late = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]  # time is not the fastest axis
         assert torch.equal(call(inputs._replace(**dict(zip("qkv", late, strict=True))), "triton")[0], wanted["y"])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize(("n_taps", "has_state"), [(8, True), (40, True), (1, True), (20, False)])
+    def test_packed_documents(self, n_taps, has_state, dtype):
+        inputs = make_inputs(1, 2, PACKED[-1], n_taps, 4, dtype, has_state=has_state, n_docs=len(PACKED) - 1)
+        wanted = run(inputs, "reference", dtype=torch.float64, bounds=PACKED)
+        assert_accurate(run(inputs, "triton", bounds=PACKED), wanted, dtype)
 
     def test_a_mode_that_forgets_at_once(self):
         inputs = make_inputs(1, 1, 40, 4, 3, torch.float32)
@@ -158,8 +182,6 @@ class TestInterpreted:
         inputs = make_inputs(1, 2, 20, 4, 3, torch.float32)
         with pytest.raises(UnsupportedError, match="it takes head_dim 1, got 2"):
             h3_mix(*inputs[:5], *(x[:1] for x in inputs[5:9]), head_dim=2, impl="triton")
-        with pytest.raises(UnsupportedError, match="packed documents"):
-            h3_mix(*inputs[:9], cu_seqlens=torch.tensor([0, 20]), impl="triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
@@ -168,13 +190,31 @@ class TestOperator:
 
     def test_opcheck(self):
         inputs = make_inputs(2, 2, 20, 4, 3, torch.float32)
-        opcheck(h3_mix_kernel_op, (*leaves(*inputs), True, True))
-        opcheck(h3_mix_kernel_op, (*leaves(*inputs)[:9], None, None, False, True))
+        opcheck(h3_mix_kernel_op, (*leaves(*inputs), None, True, True))
+        opcheck(h3_mix_kernel_op, (*leaves(*inputs)[:9], None, None, None, False, True))
+
+    def test_opcheck_of_packed_documents(self):
+        inputs, offsets = make_inputs(1, 2, 20, 4, 3, torch.float32, n_docs=3), torch.tensor([0, 5, 5, 20])
+        opcheck(h3_mix_kernel_op, (*leaves(*inputs), offsets, True, True))
+
+    def test_packed_documents_by_the_operator(self):
+        bounds = [0, 5, 5, 48]
+        inputs = Inputs(*leaves(*make_inputs(1, 2, 48, 4, 3, torch.float32, n_docs=3)))
+        y, state = h3_mix_triton(*inputs[:9], H3State(*inputs[9:]), torch.tensor(bounds), True)
+        (y.sin().sum() + state.diag.sum()).backward()
+        exact = Inputs(*leaves(*inputs))
+        want, last = call(exact, "reference", bounds=bounds)
+        (want.sin().sum() + last.diag.sum()).backward()
+        assert relative_error(y, want) < 1e-5
+        assert relative_error(state.diag, last.diag) < 1e-5
+        assert torch.equal(state.shift, last.shift)
+        for found, wanted in zip(inputs, exact, strict=True):
+            assert relative_error(found.grad, wanted.grad) < 5e-5
 
     def test_the_operator_is_the_mixing(self):
         inputs = make_inputs(2, 2, 48, 4, 3, torch.float32)
         tensors = leaves(*inputs)
-        y, _, _ = h3_mix_kernel_op(*tensors, False, True)
+        y, _, _ = h3_mix_kernel_op(*tensors, None, False, True)
         y.sin().sum().backward()
         wanted = Inputs(*leaves(*inputs))
         want, _ = call(wanted, "reference")
@@ -187,7 +227,7 @@ class TestOperator:
         inputs = Inputs(*leaves(*make_inputs(2, 2, 37, 4, 3, torch.float32)))
 
         def mix(*x):
-            return h3_mix_triton(*x[:9], H3State(*x[9:]), True)
+            return h3_mix_triton(*x[:9], H3State(*x[9:]), None, True)
 
         y, state = torch.compile(mix, backend="aot_eager", fullgraph=True)(*inputs)
         wanted, last = mix(*inputs)
@@ -202,7 +242,7 @@ class TestOperator:
 
     def test_no_second_derivative(self):
         inputs = leaves(*make_inputs(1, 1, 8, 4, 3, torch.float32))
-        y, _, _ = h3_mix_kernel_op(*inputs, False, True)
+        y, _, _ = h3_mix_kernel_op(*inputs, None, False, True)
         (gradient,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
         with pytest.raises(UnsupportedError, match="no second derivative"):
             gradient.sum().backward()
@@ -242,6 +282,40 @@ class TestGpu:
         errors = (found.double() - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))
         assert relative_error(found, wanted) <= 2 * plain
         assert float(errors.max()) <= 2.5 * plain
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("has_state", [True, False])
+    def test_packed_documents(self, has_state, dtype):
+        bounds = [*PACKED, 4000, 4001, 5000]
+        inputs = make_inputs(1, 3, 5000, 64, 32, dtype, has_state=has_state, n_docs=len(bounds) - 1)
+        wanted = run(inputs, "torch", dtype=torch.float64, bounds=bounds)
+        found = run(inputs.to("cuda"), "triton", bounds=bounds)
+        assert_accurate(found, wanted, dtype)
+        again = run(inputs.to("cuda"), "triton", bounds=bounds)
+        assert all(torch.equal(found[name], again[name]) for name in found)
+
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # advice of the compiler
+    def test_packed_documents_compiled_and_without_waiting(self):
+        bounds = [0, 700, 1000]
+        inputs = Inputs(*leaves(*make_inputs(1, 3, 1000, 64, 32, torch.bfloat16, n_docs=2).to("cuda")))
+        offsets = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+
+        def mix(*x):
+            return h3_mix(*x[:9], initial_state=H3State(*x[9:]), return_state=True, cu_seqlens=offsets)
+
+        wanted, last = call(inputs, "triton", bounds=bounds)
+        with no_waiting():
+            y, state = mix(*inputs)
+        assert torch.equal(y, wanted)
+        y, state = torch.compile(mix, fullgraph=True)(*inputs)
+        assert torch.equal(y, wanted)
+        assert relative_error(state.diag, last.diag) < 1e-5
+
+    def test_bad_offsets_stay_in_bounds(self):
+        inputs = make_inputs(1, 3, 1000, 64, 32, torch.bfloat16, n_docs=4).to("cuda")
+        for bounds in ([0, -5, 2000, 300, 10**6], [900, 800, 1000, 0, 1000]):
+            run(inputs, "triton", bounds=bounds)
+        torch.cuda.synchronize()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -292,7 +366,7 @@ class TestGpu:
 
     def test_opcheck(self):
         inputs = make_inputs(3, 3, 1000, 64, 32, torch.bfloat16).to("cuda")
-        opcheck(h3_mix_kernel_op, (*leaves(*inputs), True, True))
+        opcheck(h3_mix_kernel_op, (*leaves(*inputs), None, True, True))
 
     def test_captured_by_a_cuda_graph(self):
         inputs = make_inputs(3, 3, 1000, 64, 32, torch.bfloat16).to("cuda")

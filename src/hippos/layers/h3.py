@@ -182,8 +182,8 @@ class H3(nn.Module):
         """
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.k_proj)
         check_mask(mask, u)
-        if u.is_cuda and initial_state is None and not return_state and cu_seqlens is None and mask is None:
-            o = self._mix_jointly(u)
+        if u.is_cuda and initial_state is None and not return_state and mask is None:
+            o = self._mix_jointly(u, cu_seqlens)
             if o is not None:
                 return project_from_channels(self.out_proj, o)
         q, k, v = self._project(u, project_to_channels)  # (B, D, L)
@@ -302,7 +302,7 @@ class H3(nn.Module):
             return ones, k, ones
         return project(self.q_proj, u), k, project(self.v_proj, u)
 
-    def _mix_jointly(self, u: Tensor) -> Tensor | None:
+    def _mix_jointly(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         """Mix whole sequences by the kernels behind one product for q, k and v; None where that cannot be.
 
         Gives (B, D, L).
@@ -315,9 +315,9 @@ class H3(nn.Module):
             diag = self.diag.operators()
             shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
             if takes_joint(qkv, shift.filter, diag.log_a):
-                return h3_mix_joint(qkv, *shift, *diag)
+                return h3_mix_joint(qkv, *shift, *diag, cu_seqlens)
             q, k, v = qkv.unbind(0)
-            return h3_mix(q, k, v, *shift, *diag)
+            return h3_mix(q, k, v, *shift, *diag, cu_seqlens=cu_seqlens)
 
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""

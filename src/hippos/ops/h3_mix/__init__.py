@@ -7,7 +7,16 @@ from typing import Literal, overload
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.arguments import Impl, check_impl, check_modes, check_signal, check_tensor, document_bounds
+from hippos.ops.arguments import (
+    Impl,
+    check_impl,
+    check_modes,
+    check_offsets,
+    check_signal,
+    check_tensor,
+    document_bounds,
+    is_debugging,
+)
 from hippos.ops.h3_mix.autograd import h3_mix_triton, is_common, why_not_triton
 from hippos.ops.h3_mix.chunked import h3_mix_torch
 from hippos.ops.h3_mix.reference import h3_mix_reference
@@ -117,7 +126,8 @@ def h3_mix(
             when left out.
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
-            B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
+            B must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and
+            check them under HIPPOS_DEBUG=1 alone; elsewhere reading them waits for their device.
         impl: "auto" takes the Triton kernels on CUDA tensors that they support, for up to 64 taps and 32 modes, and
             "torch" elsewhere and for export. The kernels read signals of any strides whose last is 1, copy others, and
             lay y out in memory like ``q``.
@@ -130,7 +140,7 @@ def h3_mix(
         ValueError: If shapes, dtypes of q, k, v, or devices disagree, L is 0, ``head_dim`` does not fit, or
             ``cu_seqlens`` does not describe the sequence, or ``impl`` is unknown.
         UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64,
-            ``cu_seqlens`` is given, ``head_dim`` is larger than 1, there are more than 128 taps (64 in float32) or 64
+            ``head_dim`` is larger than 1, there are more than 128 taps (64 in float32) or 64
             modes (32 in float32), or the GPU has too little shared memory.
 
     Source:
@@ -145,14 +155,18 @@ def h3_mix(
         if signal.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {signal.dtype}")
     check_mix_parameters(d_model, shift_filter, shift_d, log_a, b, c, d, head_dim, like=q)
-    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen)
+    check_offsets(cu_seqlens, batch=batch)
     if initial_state is not None:
-        n_states = batch if bounds is None else len(bounds) - 1
+        n_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state("initial_state", initial_state, n_states, shift_filter, log_a, head_dim)
-    arguments = (q, k, v, shift_filter, shift_d, log_a, b, c, d, head_dim, initial_state, bounds)
+    takes_triton = _takes_triton(q, shift_filter, log_a, head_dim, impl)
+    reads_offsets = not takes_triton or is_debugging() or (cu_seqlens is not None and not cu_seqlens.is_cuda)
+    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen) if reads_offsets else None
+    layer = (shift_filter, shift_d, log_a, b, c, d)
+    arguments = (q, k, v, *layer, head_dim, initial_state, bounds)
     state: H3State | None
-    if _takes_triton(q, shift_filter, log_a, head_dim, bounds, impl):
-        y, state = h3_mix_triton(q, k, v, shift_filter, shift_d, log_a, b, c, d, initial_state, return_state)
+    if takes_triton:
+        y, state = h3_mix_triton(q, k, v, *layer, initial_state, cu_seqlens, return_state)
     elif impl == "reference":
         y, state = h3_mix_reference(*arguments)
     else:
@@ -160,15 +174,13 @@ def h3_mix(
     return y if state is None or not return_state else (y, state)
 
 
-def _takes_triton(
-    q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: list[int] | None, impl: Impl
-) -> bool:
+def _takes_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, impl: Impl) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
     # Larger SSMs wait until their tests have run on a GPU.
     is_chosen = impl == "auto" and q.is_cuda and is_common(shift_filter, log_a) and not is_exporting()
     if impl != "triton" and not is_chosen:
         return False
-    obstacle = why_not_triton(q, shift_filter, log_a, head_dim, bounds)
+    obstacle = why_not_triton(q, shift_filter, log_a, head_dim)
     if obstacle is not None and impl == "triton":
         raise UnsupportedError(f"h3_mix cannot run with impl='triton': {obstacle}; impl='torch' can")
     return obstacle is None

@@ -10,7 +10,7 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.h3_mix.chunked import kept_keys
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
-from hippos.ops.h3_mix.state import H3State, last_keys
+from hippos.ops.h3_mix.state import H3State, document_ends, last_keys, last_samples
 from hippos.ops.h3_mix.tail import state_after_tail
 from hippos.ops.kernel_device import has_large_shared_memory, is_interpreted
 from hippos.ops.ssm_conv.autograd import why_not_triton as why_not_ssm_conv
@@ -22,12 +22,10 @@ from hippos.ops.stacking import stack_as_channels
 COMMON_TAPS, COMMON_MODES = 64, 32
 
 
-def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, bounds: object = None) -> str | None:
+def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int) -> str | None:
     """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
     if head_dim > 1:
         return f"it takes head_dim 1, got {head_dim}"
-    if bounds is not None:
-        return "it does not take packed documents (cu_seqlens)"
     n_taps, most_taps = shift_filter.shape[1], most_taps_of(q.dtype)
     if n_taps > most_taps:
         return f"it takes shift filters of up to {most_taps} taps in {q.dtype}, got {n_taps}"
@@ -63,9 +61,10 @@ def h3_mix_triton(
     c: Tensor,
     d: Tensor,
     initial_state: H3State | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, H3State | None]:
-    """Arguments as in `h3_mix`, checked by the caller and by `why_not_triton`.
+    """Arguments as in `h3_mix`, checked by the caller and by `why_not_triton`; ``cu_seqlens`` stays on its device.
 
     Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
     """
@@ -76,17 +75,24 @@ def h3_mix_triton(
     initial = None if initial is None else initial.float().contiguous()
     tensors = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial)
     saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y, diag, _ = h3_mix_kernel_op(*tensors, return_state, saves_states)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
+    y, diag, _ = h3_mix_kernel_op(*tensors, cu_seqlens, return_state, saves_states)
     if not return_state:
         return y, None
     n_past = shift_filter.shape[1] - 1
-    rest = q.shape[-1] % forward_schedule(q.dtype, log_a.shape[1], q.device).chunk
-    if rest > 0:
-        # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
+    # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
+    chunk = forward_schedule(q.dtype, log_a.shape[1], q.device).chunk
+    rest = q.shape[-1] % chunk
+    if cu_seqlens is not None:
+        keys, values = last_samples(k, past, cu_seqlens, n_past + chunk), last_samples(v, None, cu_seqlens, chunk)
+        begin, end = document_ends(cu_seqlens, q.shape[-1])
+        layer = (shift_filter, shift_d, log_a, b)
+        diag = state_after_tail(diag, keys[..., n_past:], values, keys[..., :n_past], *layer, (end - begin) % chunk)
+    elif rest > 0:
         before = k.new_zeros(*k.shape[:2], n_past) if past is None else past
         recent = last_keys(before, k[..., :-rest]) if rest < k.shape[-1] else before
         diag = state_after_tail(diag, k[..., -rest:], v[..., -rest:], recent, shift_filter, shift_d, log_a, b)
-    return y, H3State(kept_keys(k, past, n_past, None), diag)
+    return y, H3State(kept_keys(k, past, n_past, cu_seqlens), diag)
 
 
 def _laid_out(inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
@@ -118,21 +124,19 @@ def h3_mix_kernel_op(
     d: Tensor,
     past: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
     saves_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the state after the last whole chunk (or empty), the states that the backward pass starts from (or empty)."""
     inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
     if q.device.type != "cuda" and not is_interpreted():
-        y, state = forward_without_kernels(*inputs, return_state)
-        saved = (
-            q.new_zeros(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype)) if saves_states else none(q)
-        )
-        return y, state, saved
+        y, state = forward_without_kernels(*inputs, cu_seqlens, return_state)
+        return y, state, saved_states(q, log_a, cu_seqlens).zero_() if saves_states else none(q)
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
 
     laid_out = MixInputs(*_laid_out(inputs))
-    y, state, saved = h3_mix_fwd(laid_out, wants_state=return_state, saves_states=saves_states)
+    y, state, saved = h3_mix_fwd(laid_out, cu_seqlens, wants_state=return_state, saves_states=saves_states)
     like = torch.empty_like(q)
     return y if y.stride() == like.stride() else like.copy_(y), state, saved
 
@@ -150,12 +154,19 @@ def _forward_shapes(
     d: Tensor,
     past: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
     saves_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = q.new_empty((q.shape[0], *log_a.shape), dtype=torch.float32) if return_state else none(q)
-    saved = q.new_empty(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype)) if saves_states else none(q)
-    return torch.empty_like(q), state, saved
+    n_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = q.new_empty((n_sequences, *log_a.shape), dtype=torch.float32) if return_state else none(q)
+    return torch.empty_like(q), state, saved_states(q, log_a, cu_seqlens) if saves_states else none(q)
+
+
+def saved_states(q: Tensor, log_a: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Memory for the states that the backward pass starts from."""
+    n_docs = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(saved_shape(q, log_a.shape[1], n_docs), dtype=saved_dtype(q.dtype))
 
 
 MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -174,6 +185,7 @@ def h3_mix_kernel_backward_op(
     d: Tensor,
     past: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     dout: Tensor,
     dstate: Tensor | None,
@@ -181,11 +193,11 @@ def h3_mix_kernel_backward_op(
     """Gradients of the eleven input tensors; signals' are laid out like ``dout``, absent ones' are empty."""
     inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
     if q.device.type != "cuda" and not is_interpreted():
-        return backward_without_kernels(*inputs, without_gaps(dout), dstate)
+        return backward_without_kernels(*inputs, cu_seqlens, without_gaps(dout), dstate)
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
     laid_out = MixInputs(*_laid_out(inputs))
-    return tuple(h3_mix_bwd(laid_out, without_gaps(dout), dstate, saved.contiguous()))  # type: ignore[return-value]
+    return tuple(h3_mix_bwd(laid_out, cu_seqlens, without_gaps(dout), dstate, saved.contiguous()))  # type: ignore[return-value]
 
 
 @h3_mix_kernel_backward_op.register_fake
@@ -201,6 +213,7 @@ def _backward_shapes(
     d: Tensor,
     past: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     dout: Tensor,
     dstate: Tensor | None,
@@ -226,11 +239,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None and dstate is None:
-        return (None,) * 13
+        return (None,) * 14
     dout = torch.zeros_like(ctx.saved_tensors[0]) if dout is None else dout
     gradients = h3_mix_kernel_backward_op(*ctx.saved_tensors, dout, dstate)
     needed = ctx.needs_input_grad[:11]
-    return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), None, None)
+    return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None, None)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -239,4 +252,6 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 h3_mix_kernel_op.register_autograd(_backward, setup_context=_save)
 h3_mix_kernel_backward_op.register_autograd(_refuse_second_derivative)
-stack_as_channels(h3_mix_kernel_op, inputs=(1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, None, None), outputs=(1, 1, 1), saves=12)
+stack_as_channels(
+    h3_mix_kernel_op, inputs=(1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, None, None, None), outputs=(1, 1, 1), saves=13
+)

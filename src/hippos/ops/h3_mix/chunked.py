@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hippos.ops.arguments import compute_dtype
 from hippos.ops.h3_mix.shift_conv import shift_conv, with_skip
-from hippos.ops.h3_mix.state import H3State, last_keys
+from hippos.ops.h3_mix.state import H3State, last_keys, last_samples
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
 
 
@@ -36,7 +36,8 @@ def h3_mix_torch(
         y, diag = _mix_heads(q, shifted, v, log_a, b, c, d, head_dim, entering, bounds, return_state)
     if not return_state:
         return y, None
-    return y, H3State(kept_keys(k, past, shift_filter.shape[-1] - 1, bounds), diag)
+    offsets = None if bounds is None else torch.tensor(bounds, device=k.device)
+    return y, H3State(kept_keys(k, past, shift_filter.shape[-1] - 1, offsets), diag)
 
 
 def _mix_heads(
@@ -77,17 +78,9 @@ def _mix_heads(
     return y, grid.permute(2, 3, 0, 1, 4, 5).contiguous()
 
 
-def kept_keys(k: Tensor, past: Tensor | None, n_kept: int, bounds: list[int] | None) -> Tensor:
+def kept_keys(k: Tensor, past: Tensor | None, n_kept: int, cu_seqlens: Tensor | None) -> Tensor:
     """The last ``n_kept`` keys of each sequence or document, those before it included, oldest first."""
-    batch, d_model, seqlen = k.shape
-    if bounds is None:
-        return last_keys(k.new_zeros(batch, d_model, n_kept) if past is None else past, k)
-    offsets = torch.tensor(bounds, device=k.device)
-    n_docs = len(bounds) - 1
-    past = k.new_zeros(n_docs, d_model, n_kept) if past is None else past.to(k.dtype)
-    # Place of each kept key in its document's past and keys, then in those of all documents.
-    place = offsets.diff().unsqueeze(-1) + torch.arange(n_kept, device=k.device)  # (n_docs, n_kept)
-    docs = torch.arange(n_docs, device=k.device).unsqueeze(-1)
-    source = torch.where(place < n_kept, seqlen + docs * n_kept + place, offsets[:-1].unsqueeze(-1) + place - n_kept)
-    keys = torch.cat((k[0], past.transpose(0, 1).flatten(1)), dim=-1)  # (D, L + n_docs * n_kept)
-    return keys.index_select(-1, source.flatten()).view(d_model, n_docs, n_kept).transpose(0, 1).contiguous()
+    if cu_seqlens is not None:
+        return last_samples(k, past, cu_seqlens, n_kept).contiguous()
+    batch, d_model, _ = k.shape
+    return last_keys(k.new_zeros(batch, d_model, n_kept) if past is None else past, k)

@@ -16,13 +16,13 @@ from hippos.ops.h3_mix.autograd import (
     _with_unit_stride,
     h3_mix_kernel_op,
     is_common,
+    saved_states,
     why_not_triton,
     without_gaps,
 )
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
-from hippos.ops.ssm_conv.schedule import saved_dtype, saved_shape
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.tracing import is_exporting
 
@@ -35,7 +35,14 @@ def takes_joint(qkv: Tensor, shift_filter: Tensor, log_a: Tensor) -> bool:
 
 
 def h3_mix_joint(
-    qkv: Tensor, shift_filter: Tensor, shift_d: Tensor, log_a: Tensor, b: Tensor, c: Tensor, d: Tensor
+    qkv: Tensor,
+    shift_filter: Tensor,
+    shift_d: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`h3_mix` of ``qkv[0], qkv[1], qkv[2]``, for heads of one channel, from no state, without its checks.
 
@@ -47,13 +54,15 @@ def h3_mix_joint(
         b: Bbar, shape (D, M, 2).
         c: C, shape (D, M, 2).
         d: Skip weight of the diagonal SSM, shape (D,).
+        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), or None.
 
     Returns:
         ``y``, shape (B, D, L), laid out like ``qkv[0]``.
     """
     parameters = [x.float().contiguous() for x in (shift_filter, shift_d, log_a, b, c, d)]
     saves_states = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, *parameters))
-    return h3_mix_joint_op(_with_unit_stride(qkv), *parameters, saves_states)[0]
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(qkv.device).contiguous()
+    return h3_mix_joint_op(_with_unit_stride(qkv), *parameters, cu_seqlens, saves_states)[0]
 
 
 @torch.library.custom_op("hippos::h3_mix_joint_kernel", mutates_args=())
@@ -65,11 +74,12 @@ def h3_mix_joint_op(
     b: Tensor,
     c: Tensor,
     d: Tensor,
+    cu_seqlens: Tensor | None,
     saves_states: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and the states that the backward pass starts from (or empty)."""
     parameters = (shift_filter, shift_d, log_a, b, c, d)
-    y, _, saved = h3_mix_kernel_op(*qkv.unbind(0), *parameters, None, None, False, saves_states)
+    y, _, saved = h3_mix_kernel_op(*qkv.unbind(0), *parameters, None, None, cu_seqlens, False, saves_states)
     return y, saved
 
 
@@ -82,11 +92,11 @@ def _forward_shapes(
     b: Tensor,
     c: Tensor,
     d: Tensor,
+    cu_seqlens: Tensor | None,
     saves_states: bool,
 ) -> tuple[Tensor, Tensor]:
     q = qkv[0]
-    saved = q.new_empty(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype)) if saves_states else none(q)
-    return torch.empty_like(q), saved
+    return torch.empty_like(q), saved_states(q, log_a, cu_seqlens) if saves_states else none(q)
 
 
 @torch.library.custom_op("hippos::h3_mix_joint_kernel_backward", mutates_args=())
@@ -98,6 +108,7 @@ def h3_mix_joint_backward_op(
     b: Tensor,
     c: Tensor,
     d: Tensor,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -106,13 +117,18 @@ def h3_mix_joint_backward_op(
     dout = without_gaps(dout)
     dqkv = _three_like(dout)
     if qkv.device.type != "cuda" and not is_interpreted():
-        found = backward_without_kernels(q, k, v, *parameters, None, None, dout, None)
+        found = backward_without_kernels(q, k, v, *parameters, None, None, cu_seqlens, dout, None)
         torch.stack(found[:3], out=dqkv)
         return (dqkv, *found[3:9])
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
     gradients = h3_mix_bwd(
-        MixInputs(*_laid_out((q, k, v, *parameters, None, None))), dout, None, saved.contiguous(), joint=dqkv
+        MixInputs(*_laid_out((q, k, v, *parameters, None, None))),
+        cu_seqlens,
+        dout,
+        None,
+        saved.contiguous(),
+        joint=dqkv,
     )
     return (dqkv, *gradients[3:9])
 
@@ -126,6 +142,7 @@ def _backward_shapes(
     b: Tensor,
     c: Tensor,
     d: Tensor,
+    cu_seqlens: Tensor | None,
     saved: Tensor,
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -151,12 +168,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 8
+        return (None,) * 9
     gradients = h3_mix_joint_backward_op(*ctx.saved_tensors, dout)
     needed = ctx.needs_input_grad[:7]
-    return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), None)
+    return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None)
 
 
 h3_mix_joint_op.register_autograd(_backward, setup_context=_save)
 h3_mix_joint_backward_op.register_autograd(_refuse_second_derivative)
-stack_as_channels(h3_mix_joint_op, inputs=(2, 0, 0, 0, 0, 0, 0, None), outputs=(1, 1), saves=7)
+stack_as_channels(h3_mix_joint_op, inputs=(2, 0, 0, 0, 0, 0, 0, None, None), outputs=(1, 1), saves=8)

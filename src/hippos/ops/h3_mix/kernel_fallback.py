@@ -22,12 +22,14 @@ def forward_without_kernels(
     d: Tensor,
     past: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, laid out like ``q``, and the diagonal state after the last whole chunk of the kernels, or an empty tensor."""
-    key = shift_conv_chunked(k, with_skip(shift_filter, shift_d), past, None)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    key = shift_conv_chunked(k, with_skip(shift_filter, shift_d), past, bounds)
     inputs = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    y, state = diagonal.forward_without_kernels(inputs, None, return_state)
+    y, state = diagonal.forward_without_kernels(inputs, cu_seqlens, return_state)
     return torch.empty_like(q).copy_(y), state
 
 
@@ -43,15 +45,17 @@ def backward_without_kernels(
     d: Tensor,
     past: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     dout: Tensor,
     dstate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the eleven input tensors; those of absent ones are empty."""
     taps = with_skip(shift_filter, shift_d)
-    key = shift_conv_chunked(k, taps, past, None)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    key = shift_conv_chunked(k, taps, past, bounds)
     inputs = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    dv, dlog_a, db, dc, dd, dkey, dq, dinitial = diagonal.backward_without_kernels(inputs, None, dout, dstate)
-    dk, dfilter, dpast = shift_conv_adjoint(k, taps, past, None, dkey)
+    dv, dlog_a, db, dc, dd, dkey, dq, dinitial = diagonal.backward_without_kernels(inputs, cu_seqlens, dout, dstate)
+    dk, dfilter, dpast = shift_conv_adjoint(k, taps, past, bounds, dkey)
     dq, dk, dv = (torch.empty_like(dout, dtype=dx.dtype).copy_(dx) for dx in (dq, dk, dv))
     dpast = diagonal.none(q) if dpast is None else dpast
     return dq, dk, dv, dfilter, dfilter[:, 0].clone(), dlog_a, db, dc, dd, dpast, dinitial

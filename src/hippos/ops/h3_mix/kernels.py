@@ -55,6 +55,29 @@ def locate_rows(
 
 
 @triton.jit
+def locate_document_rows(
+    group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """As `locate_rows`, from a table (see `place_documents_kernel`); also each row's document and where that lies.
+
+    Whatever the offsets are, begin and end lie in the sequence.
+    """
+    rows = tl.arange(0, ROWS)
+    piece = group * PIECES + rows // TILE
+    offset = (tile * TILE + rows % TILE) * CHUNK
+    is_row = piece < n_total
+    start = tl.load(table_ptr + piece, mask=is_row, other=0) + offset
+    is_row &= offset < tl.load(table_ptr + n_total + piece, mask=is_row, other=0)
+    document = tl.load(table_ptr + 2 * n_total + piece, mask=is_row, other=0)
+    begin = tl.load(cu_seqlens_ptr + document, mask=is_row, other=0).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + document + 1, mask=is_row, other=0).to(tl.int64)
+    begin = tl.minimum(tl.maximum(begin, 0), seqlen).to(tl.int32)
+    end = tl.minimum(tl.maximum(end, begin), seqlen).to(tl.int32)
+    return start, is_row, document, begin, end
+
+
+@triton.jit
 def row_places(delta, stride_b, start, FIRST: tl.constexpr, COUNT: tl.constexpr, IS_WIDE: tl.constexpr):
     """Where the COUNT samples from FIRST after each row's start lie, from the tile's first sequence on."""
     rows = delta.to(tl.int64) * stride_b + start if IS_WIDE else delta * stride_b + start
@@ -63,21 +86,24 @@ def row_places(delta, stride_b, start, FIRST: tl.constexpr, COUNT: tl.constexpr,
 
 @triton.jit
 def load_chunks(
-    ptr, sequence, delta, stride_b, start, is_row, seqlen, CHUNK: tl.constexpr, IS_FULL: tl.constexpr,
+    ptr, sequence, delta, stride_b, start, is_row, end, CHUNK: tl.constexpr, IS_FULL: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of a tile as rows, as they are in memory. IS_FULL promises samples everywhere."""
+    """The chunks of a tile as rows, as they are in memory. IS_FULL promises samples everywhere.
+
+    ``end`` is that of the sequences, or of each row's document.
+    """
     at = (ptr + sequence * stride_b) + row_places(delta, stride_b, start, 0, CHUNK, IS_WIDE)
     if IS_FULL:
         return tl.load(at)
     else:  # noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
-        mask = is_row[:, None] & (start[:, None] + tl.arange(0, CHUNK)[None, :] < seqlen)
+        mask = is_row[:, None] & (tl.arange(0, CHUNK)[None, :] < (end - start)[:, None])
         return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_chunks(
-    ptr, values, sequence, delta, stride_b, start, is_row, seqlen, CHUNK: tl.constexpr, IS_FULL: tl.constexpr,
+    ptr, values, sequence, delta, stride_b, start, is_row, end, CHUNK: tl.constexpr, IS_FULL: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Undo `load_chunks`."""
@@ -85,26 +111,30 @@ def store_chunks(
     if IS_FULL:
         tl.store(at, values.to(ptr.dtype.element_ty))
     else:
-        mask = is_row[:, None] & (start[:, None] + tl.arange(0, CHUNK)[None, :] < seqlen)
+        mask = is_row[:, None] & (tl.arange(0, CHUNK)[None, :] < (end - start)[:, None])
         tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_windows(
-    ptr, past_ptr, sequence, delta, start, is_row, channel, stride_b, past_stride_b, past_stride_c, past_stride_s,
-    seqlen, n_past, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_PAST: tl.constexpr, IS_FULL: tl.constexpr,
-    IS_WIDE: tl.constexpr,
+    ptr, past_ptr, sequence, delta, start, is_row, owner, begin, end, channel, stride_b,
+    past_stride_b, past_stride_c, past_stride_s, n_past,
+    CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_PAST: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The WINDOW samples up to the end of every row's chunk, those before the sequence from its past (or zeros)."""
+    """The WINDOW samples up to the end of every row's chunk, those before ``begin`` from ``owner``'s past (or zeros).
+
+    ``begin`` and ``end`` are those of each row's sequence or document, as columns, or the same for all rows.
+    """
     times = start[:, None] + (tl.arange(0, WINDOW) - (WINDOW - CHUNK))[None, :]
     at = (ptr + sequence * stride_b) + row_places(delta, stride_b, start, CHUNK - WINDOW, WINDOW, IS_WIDE)
-    inside = times >= 0
+    inside = times >= begin
     if not IS_FULL:
-        inside = inside & is_row[:, None] & (times < seqlen)
+        inside = inside & is_row[:, None] & (times < end)
     windows = tl.load(at, mask=inside, other=0.0)
     if HAS_PAST:
-        before = is_row[:, None] & (times < 0) & (times + n_past >= 0)
-        at = past_ptr + channel.to(tl.int64) * past_stride_c + ((sequence + delta) * past_stride_b)[:, None]
-        past = tl.load(at + (times + n_past) * past_stride_s, mask=before, other=0.0)
+        place = times - begin
+        before = is_row[:, None] & (place < 0) & (place + n_past >= 0)
+        at = past_ptr + channel.to(tl.int64) * past_stride_c + (owner * past_stride_b)[:, None]
+        past = tl.load(at + (place + n_past) * past_stride_s, mask=before, other=0.0)
         windows = tl.where(before, past.to(windows.dtype), windows)
     return windows

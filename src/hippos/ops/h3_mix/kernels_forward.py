@@ -94,8 +94,8 @@ def h3_mix_fwd_kernel(
         first_group, 0, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
     )
     windows = load_windows(
-        k_ptr, past_ptr, sequence, delta, start, is_row, channel, k_stride_b, past_stride_b, past_stride_c,
-        past_stride_s, seqlen, n_taps - 1, CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
+        k_ptr, past_ptr, sequence, delta, start, is_row, sequence + delta, 0, seqlen, channel, k_stride_b,
+        past_stride_b, past_stride_c, past_stride_s, n_taps - 1, CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
     )  # fmt: skip
     for item in tl.range(0, n_items, num_stages=1):
         tile = item % n_tiles
@@ -164,8 +164,9 @@ def h3_mix_fwd_kernel(
             CHUNK, ROWS, TILE, PIECES,
         )  # fmt: skip
         windows = load_windows(
-            k_ptr, past_ptr, next_sequence, next_delta, next_start, is_next, channel, k_stride_b, past_stride_b,
-            past_stride_c, past_stride_s, seqlen, n_taps - 1, CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
+            k_ptr, past_ptr, next_sequence, next_delta, next_start, is_next, next_sequence + next_delta, 0, seqlen,
+            channel, k_stride_b, past_stride_b, past_stride_c, past_stride_s, n_taps - 1,
+            CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
         )  # fmt: skip
         query = load_chunks(q_ptr, sequence, delta, q_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         acc = tl.dot(x, toeplitz, input_precision=PRECISION)

@@ -12,15 +12,17 @@ from torch import Tensor
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
+from hippos.ops.h3_mix.state import first_samples
 from hippos.ops.ssm_conv.chunked import Inputs
-from hippos.ops.ssm_conv.launch import ssm_conv_bwd
+from hippos.ops.ssm_conv.launch import ssm_conv_bwd, ssm_conv_fwd
 from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
-from hippos.ops.ssm_conv.launch_pieces import states_between_pieces
+from hippos.ops.ssm_conv.launch_pieces import place_documents, states_between_pieces
 from hippos.ops.ssm_conv.schedule import (
     Geometry,
     Pieces,
     Schedule,
     backward_schedule,
+    document_pieces,
     forward_pieces,
     forward_schedule,
     groups_per_program,
@@ -53,19 +55,30 @@ class MixInputs(NamedTuple):
 
 
 def h3_mix_fwd(
-    inputs: MixInputs, *, wants_state: bool, saves_states: bool, schedule: Schedule | None = None
+    inputs: MixInputs,
+    cu_seqlens: Tensor | None = None,
+    *,
+    wants_state: bool,
+    saves_states: bool,
+    schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel.
+    """Run the forward kernel, or, for packed documents, that of the shift SSM and those of `ssm_conv`.
 
     Args:
         inputs: The tensors.
+        cu_seqlens: Offsets of packed documents, contiguous, unchecked, or None.
         wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor).
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
 
     Returns:
-        y, laid out in memory like ``q``; the state, shape (B, D, M, 2); the saved states.
+        y, laid out in memory like ``q``; the state, shape (B or n_docs, D, M, 2); the saved states.
     """
+    if cu_seqlens is not None:
+        y = _shift_keys(inputs, torch.empty_like(inputs.q), cu_seqlens)
+        diag = Inputs(inputs.v, *inputs[5:9], y, inputs.q, inputs.initial_state)
+        # The shifted keys lie where the output will: every sample of theirs is read before its output is written.
+        return ssm_conv_fwd(diag, cu_seqlens, wants_state=wants_state, saves_states=saves_states, y=y)
     q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
     (batch, n_heads, seqlen), device = q.shape, q.device
     n_modes, n_taps = log_a.shape[1], shift_filter.shape[1]
@@ -113,7 +126,13 @@ def h3_mix_fwd(
 
 
 def h3_mix_bwd(
-    inputs: MixInputs, dout: Tensor, dstate: Tensor | None, saved: Tensor, *, joint: Tensor | None = None
+    inputs: MixInputs,
+    cu_seqlens: Tensor | None,
+    dout: Tensor,
+    dstate: Tensor | None,
+    saved: Tensor,
+    *,
+    joint: Tensor | None = None,
 ) -> MixInputs:
     """Run the backward kernels.
 
@@ -122,8 +141,10 @@ def h3_mix_bwd(
 
     Args:
         inputs: As in `h3_mix_fwd`.
+        cu_seqlens: As in `h3_mix_fwd`.
         dout: Gradient of y, shape (B, D, L), last stride 1, without gaps in memory.
-        dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B, D, M, 2), or None.
+        dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B or n_docs, D, M, 2), or
+            None.
         saved: States from `h3_mix_fwd`.
         joint: Memory for the gradients of q, k and v, shape (3, B, D, L), each laid out like ``dout``; or None.
 
@@ -132,13 +153,16 @@ def h3_mix_bwd(
     """
     q, _, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
-    key = _shift_keys(inputs, dk)
+    key = _shift_keys(inputs, dk, cu_seqlens)
     diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(diag, None, dout, dstate, saved, du=dv, dout_gate=dq)
-    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key)  # in the place of the shifted keys
+    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(diag, cu_seqlens, dout, dstate, saved, du=dv, dout_gate=dq)
+    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key, cu_seqlens)  # in the place of the shifted keys
     dpast = torch.empty(0, device=q.device)
     if past is not None:
-        head = dkey[..., : max(1, past.shape[-1])].float()
+        n_past = past.shape[-1]
+        head = dkey[..., : max(1, n_past)].float()
+        if cu_seqlens is not None:
+            head = first_samples(dkey, cu_seqlens, max(1, n_past)).float()
         _, more, from_head = shift_conv_adjoint(
             torch.zeros_like(head), with_skip(shift_filter, shift_d), past, None, head
         )
@@ -147,40 +171,44 @@ def h3_mix_bwd(
     return MixInputs(dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial)
 
 
-def _shift_keys(inputs: MixInputs, key: Tensor) -> Tensor:
+def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Write the shifted keys into ``key``, shape and dtype of the keys."""
     k, n_taps = inputs.k, inputs.shift_filter.shape[1]
     (batch, d_model, seqlen), past = k.shape, inputs.past if n_taps > 1 else None
     if batch == 0:
         return key
-    schedule, at, n_items, parts = _place_shift(k)
+    schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
+    table = _table_of(k, cu_seqlens, pieces)
     shift_conv_kernel[(d_model * parts,)](
-        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past,
+        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past, *table,
         *k.stride()[:2], *key.stride()[:2], *((0, 0, 0) if past is None else past.stride()),
-        seqlen, n_taps, batch, at.n_tiles, at.n_groups, n_items,
+        seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
         CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps), ROWS=schedule.rows,
         TILE=at.steps * at.segments, PIECES=at.pieces,
         PLANES=shift_planes(k.dtype), PRECISION=schedule.precision, HAS_PAST=past is not None,
-        IS_FULL=is_full(Pieces(batch, 1, seqlen), at, seqlen), IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)),
+        HAS_TABLE=pieces.has_table, IS_FULL=is_full(pieces, at, seqlen),
+        IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)),
     )  # fmt: skip
     return key
 
 
-def _shift_keys_bwd(inputs: MixInputs, dkey: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shift_keys_bwd(
+    inputs: MixInputs, dkey: Tensor, dk: Tensor, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; past keys left out."""
     k, shift_filter = inputs.k, inputs.shift_filter
     (batch, d_model, seqlen), n_taps = k.shape, shift_filter.shape[1]
     dfilter, dskip = torch.empty_like(shift_filter), torch.empty_like(inputs.shift_d)
-    schedule, at, n_items, parts = _place_shift(k)
+    schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
     chunk, window = schedule.chunk, window_len(schedule.chunk, n_taps)
     dshift = torch.empty(d_model * parts, chunk, window, device=k.device)
     if batch > 0:
         shift_conv_bwd_kernel[(d_model * parts,)](
-            k, dkey, dk, shift_filter, inputs.shift_d, dshift,
+            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_table_of(k, cu_seqlens, pieces),
             *k.stride()[:2], *dkey.stride()[:2], *dk.stride()[:2],
-            seqlen, n_taps, batch, at.n_tiles, at.n_groups, n_items,
+            seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
             CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, TILE=at.steps * at.segments, PIECES=at.pieces,
-            PRECISION=schedule.precision, IS_FULL=is_full(Pieces(batch, 1, seqlen), at, seqlen),
+            PRECISION=schedule.precision, HAS_TABLE=pieces.has_table, IS_FULL=is_full(pieces, at, seqlen),
             IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)),
         )  # fmt: skip
     shift_filter_bwd_kernel[(d_model,)](
@@ -190,14 +218,22 @@ def _shift_keys_bwd(inputs: MixInputs, dkey: Tensor, dk: Tensor) -> tuple[Tensor
     return dk, dfilter, dskip
 
 
-def _place_shift(k: Tensor) -> tuple[Schedule, Geometry, int, int]:
-    """Sizes for the shift SSM alone, its tiles' places, the tiles a program works on, and the programs a channel."""
+def _place_shift(k: Tensor, cu_seqlens: Tensor | None) -> tuple[Schedule, Pieces, Geometry, int, int]:
+    """Sizes for the shift SSM alone, pieces and their place in tiles, the tiles of a program, programs a channel."""
     batch, d_model, seqlen = k.shape
     schedule = backward_schedule(k.dtype, 1, k.device)
-    at = place(Pieces(batch, 1, seqlen), schedule, has_segments=True)
+    pieces = Pieces(batch, 1, seqlen)
+    if cu_seqlens is not None:
+        pieces = document_pieces(cu_seqlens.shape[0] - 1, seqlen, k.dtype, 1, k.device)
+    at = place(pieces, schedule, has_segments=True)
     n_tiles = at.n_groups * at.n_tiles
     n_items = groups_per_program(d_model, n_tiles, schedule.programs)
-    return schedule, at, n_items, -(-n_tiles // n_items)
+    return schedule, pieces, at, n_items, -(-n_tiles // n_items)
+
+
+def _table_of(k: Tensor, cu_seqlens: Tensor | None, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """The places of packed documents' pieces, and the offsets; anything where there are none."""
+    return (k, k) if cu_seqlens is None else (place_documents(cu_seqlens, k.shape[-1], pieces), cu_seqlens)
 
 
 def mix_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torch.device) -> Schedule:

@@ -49,3 +49,42 @@ def last_keys(past: Tensor, k: Tensor) -> Tensor:
     if seqlen >= n_kept:
         return k[..., seqlen - n_kept :].clone()
     return torch.cat((past[..., seqlen:].to(k.dtype), k), dim=-1)
+
+
+def document_ends(cu_seqlens: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
+    """First samples of packed documents and those after their last, (n_docs,); wrong offsets are brought into range."""
+    offsets = cu_seqlens.long().clamp(0, seqlen)
+    return offsets[:-1], torch.maximum(offsets[:-1], offsets[1:])
+
+
+def first_samples(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
+    """The first ``count`` samples of packed documents of x (1, D, L), zeros past their ends: (n_docs, D, count)."""
+    begin, end = document_ends(cu_seqlens, x.shape[-1])
+    at = begin.unsqueeze(-1) + torch.arange(count, device=x.device)  # (n_docs, count)
+    samples = x[0][:, at.clamp(max=x.shape[-1] - 1)].transpose(0, 1)  # (n_docs, D, count)
+    return torch.where((at < end.unsqueeze(-1)).unsqueeze(1), samples, 0)
+
+
+def last_samples(x: Tensor, past: Tensor | None, cu_seqlens: Tensor, count: int) -> Tensor:
+    """The last ``count`` samples of packed documents of x (1, D, L), those before them from their past, then zeros.
+
+    Args:
+        x: The documents, shape (1, D, L).
+        past: What was before each of them, shape (n_docs, D, n_past), oldest first; or None.
+        cu_seqlens: Their offsets, shape (n_docs + 1,).
+        count: How many samples of each.
+
+    Returns:
+        The samples, shape (n_docs, D, count), oldest first.
+    """
+    seqlen = x.shape[-1]
+    begin, end = document_ends(cu_seqlens, seqlen)
+    place = (end - begin).unsqueeze(-1) + torch.arange(-count, 0, device=x.device)  # in each document, (n_docs, count)
+    samples = x[0][:, (begin.unsqueeze(-1) + place).clamp(0, seqlen - 1)].transpose(0, 1)  # (n_docs, D, count)
+    is_inside = (place >= 0).unsqueeze(1)
+    if past is None or past.shape[-1] == 0:
+        return torch.where(is_inside, samples, 0)
+    before = (place + past.shape[-1]).unsqueeze(1)  # (n_docs, 1, count)
+    at = before.clamp(0, past.shape[-1] - 1).expand(-1, past.shape[1], -1)
+    earlier = torch.where(before >= 0, past.to(x.dtype).gather(-1, at), 0)
+    return torch.where(is_inside, samples, earlier)

@@ -39,6 +39,7 @@ def ssm_conv_fwd(
     saves_states: bool,
     schedule: Schedule | None = None,
     operators: ChunkOperators | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernels.
 
@@ -49,6 +50,7 @@ def ssm_conv_fwd(
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
         operators: Chunk operators made before, of that schedule.
+        y: Memory for y, which may be that of the input gate; or None.
 
     Returns:
         y, shape (B, H, L), contiguous, dtype of ``u``; the states, shape (B or n_docs, H, M, 2); the saved states.
@@ -63,7 +65,7 @@ def ssm_conv_fwd(
     modes = schedule.padded_modes(n_modes)
     operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
 
-    y = torch.empty(u.shape, dtype=u.dtype, device=device)
+    y = torch.empty(u.shape, dtype=u.dtype, device=device) if y is None else y
     n_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = torch.empty((n_sequences, n_heads, modes, 2) if wants_state else (0,), device=device)
     shape = saved_shape(u, n_modes, None if cu_seqlens is None else n_sequences)
