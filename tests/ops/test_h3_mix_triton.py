@@ -201,15 +201,15 @@ class TestOperator:
         bounds = [0, 5, 5, 48]
         inputs = Inputs(*leaves(*make_inputs(1, 2, 48, 4, 3, torch.float32, n_docs=3)))
         y, state = h3_mix_triton(*inputs[:9], H3State(*inputs[9:]), torch.tensor(bounds), True)
-        (y.sin().sum() + state.diag.sum()).backward()
+        (y.square().sum() + state.diag.sum()).backward()
         exact = Inputs(*leaves(*inputs))
         want, last = call(exact, "reference", bounds=bounds)
-        (want.sin().sum() + last.diag.sum()).backward()
+        (want.square().sum() + last.diag.sum()).backward()
         assert relative_error(y, want) < 1e-5
         assert relative_error(state.diag, last.diag) < 1e-5
         assert torch.equal(state.shift, last.shift)
         for found, wanted in zip(inputs, exact, strict=True):
-            assert relative_error(found.grad, wanted.grad) < 5e-5
+            assert relative_error(found.grad, wanted.grad) < 1e-5
 
     def test_the_operator_is_the_mixing(self):
         inputs = make_inputs(2, 2, 48, 4, 3, torch.float32)
