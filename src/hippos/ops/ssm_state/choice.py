@@ -15,4 +15,4 @@ def why_not_triton(signal: Tensor, log_a: Tensor) -> str | None:
 
 def why_not_shift_kernel(k: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int) -> str | None:
     """What keeps the kernel of the shift SSM from these inputs; None if nothing does."""
-    return why_not_h3_mix(k, shift_filter, log_a, head_dim, None)
+    return why_not_h3_mix(k, shift_filter, log_a, head_dim)
