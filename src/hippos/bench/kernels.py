@@ -93,8 +93,15 @@ H3_STEP = Case(
     plan=Plan(warmup=3, rounds=15),
 )
 
-# FlashFFTConv's times in float16 on one H100.
-FFT_CONV_MS = {512: 0.507, 1024: 0.573, 2048: 0.730, 4096: 1.259, 8192: 1.887}
+# FlashFFTConv's times in float16, its faster dtype, on one H100: forward, forward with backward.
+FFT_CONV_MS = {
+    512: (0.507, 2.173),
+    1024: (0.573, 2.795),
+    2048: (0.730, 2.775),
+    4096: (1.259, 3.965),
+    8192: (1.887, 6.735),
+    32768: (4.008, 11.654),
+}
 
 FFT_CONV = Case(
     name="fft_conv",

@@ -24,6 +24,13 @@ def test_errors_are_those_of_every_result():
         scaled[place] = 1.0
 
 
+def test_goals_are_of_both_passes():
+    gain, *times = fft_conv._goals((0.5, 2.0), 0.125)
+    assert (gain.slow, gain.fast) == ((fft_conv.FFT, fft_conv.FORWARD), (fft_conv.OURS, fft_conv.FORWARD))
+    assert [(goal.slow[1], goal.at_most) for goal in times] == [(fft_conv.FORWARD, 4.0), (fft_conv.BOTH, 16.0)]
+    assert fft_conv._goals(None, 0.125) == ()
+
+
 def test_filters_run_and_agree(monkeypatch):
     monkeypatch.setattr(ssm_filter, "replayed", lambda works: works)
     workload = ssm_filter.prepare_ssm_filter(ssm_filter.FilterSize(300, 6, 4), Context(torch.device("cpu")))
