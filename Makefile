@@ -18,7 +18,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 INTERPRETER := $(VENV)/interpreter
 TEST_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(PYTEST) $(wildcard tests/ops/test_*_triton.py)
 
-.PHONY: help setup demo test test-kernels test-slow check format format-check lint types imports docs clean
+# Without PyTorch's own pool every tensor is an allocation that memcheck knows. Left out: graphs, which need the pool, and what
+# measures memory or compiles. Results of kernels are compared as ever, so that a failing test is told from a bad access.
+MEMCHECK = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --padding 512 --report-api-errors no --error-exitcode 9
+NOT_UNDER_MEMCHECK := captured or compiled or memory or opcheck or waiting or whole or nothing_from_the_host
+
+.PHONY: help setup demo test test-kernels test-slow memcheck check format format-check lint types imports docs clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -53,6 +58,9 @@ test-kernels: setup $(INTERPRETER)  ## Run the tests of the GPU kernels alone, i
 
 test-slow: setup  ## Run the tests that take more than ten seconds each
 	$(PYTEST) -m "slow and not gpu" $(TEST_ARGS)
+
+memcheck: setup  ## Look for accesses out of bounds in the kernels: needs a GPU, and CUDA's bin folder on the path
+	$(MEMCHECK) $(BIN)/python -m pytest -p no:xdist -m "gpu and not slow" -k "not ($(NOT_UNDER_MEMCHECK))" $(or $(TEST_ARGS),tests/ops)
 
 check: format-check lint types imports docs test  ## Everything that CI runs
 

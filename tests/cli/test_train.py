@@ -97,6 +97,7 @@ def test_evaluate_measures_a_text(run: Path, text: Path) -> None:
     assert report["perplexity"] > 1
     plain = invoke("evaluate", run, "--text", text)
     assert f"{report['bits_per_byte']:.4f} bits per byte" in plain.stdout
+    assert plain.stdout.splitlines()[0].endswith(", 1 document")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def evaluate(
         names = ("perplexity", "bits_per_byte", "nll", "n_tokens", "n_bytes")
         typer.echo(json.dumps({name: getattr(score, name) for name in names}, indent=2))
         return
-    typer.echo(f"{corpus.name}: {score.n_tokens:,} tokens, {score.n_bytes:,} bytes, {packed.n_documents:,} documents")
+    documents = "1 document" if packed.n_documents == 1 else f"{packed.n_documents:,} documents"
+    typer.echo(f"{corpus.name}: {score.n_tokens:,} tokens, {score.n_bytes:,} bytes, {documents}")
     typer.echo(f"perplexity {score.perplexity:.3f} a token, {score.bits_per_byte:.4f} bits per byte")
 
 

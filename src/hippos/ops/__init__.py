@@ -1,7 +1,8 @@
 """Mathematics on tensors: filters, convolutions and recurrences of SSMs. No parameters, no modules, no configuration.
 
 Every operator checks its arguments, computes in float32 (float64 for float64 input) whatever the input's dtype, and
-takes ``impl``: "reference" is the definition, "torch" is fast on any device, "auto" chooses.
+takes ``impl``: "reference" is the definition, "torch" is fast on any device, "triton" runs kernels on an NVIDIA GPU,
+"auto" chooses.
 """
 
 from hippos.ops.arguments import Impl
