@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 __all__ = ["Line", "draw_chart", "nice_ticks"]
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+N_COLOURS = 6
 
 
 @dataclass(frozen=True)
@@ -22,52 +23,55 @@ class Line:
         points: (x, y) pairs, in the order of x; those that are not finite are left out.
         has_dots: Whether to mark each point.
         is_level: Whether it is a horizontal line at the first point's y, over the whole width.
+        colour: Number of its colour; by default its place among the chart's curves. Curves of one label and colour
+            stand once in the legend.
     """
 
     label: str
     points: Sequence[tuple[float, float]]
     has_dots: bool = False
     is_level: bool = False
+    colour: int | None = None
 
 
-def draw_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> str:
+def draw_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str, from_zero: bool = True) -> str:
     """Draw curves over one pair of axes.
 
     Args:
-        lines: The curves; classes ``line0``, ``line1``, ... colour them.
+        lines: The curves; classes ``line0`` to ``line5`` colour them.
         title: What the chart shows, for screen readers too.
         x_label: Caption of the horizontal axis, with its unit.
         y_label: Caption of the vertical axis, with its unit.
+        from_zero: Whether the horizontal axis begins at 0 even where the curves don't.
 
     Returns:
         An ``<svg>`` element; empty text if there is no finite point.
     """
     lines = [
-        Line(
-            line.label,
-            [p for p in line.points if math.isfinite(p[0]) and math.isfinite(p[1])],
-            line.has_dots,
-            line.is_level,
+        replace(
+            line,
+            points=[p for p in line.points if math.isfinite(p[0]) and math.isfinite(p[1])],
+            colour=(number if line.colour is None else line.colour) % N_COLOURS,
         )
-        for line in lines
+        for number, line in enumerate(lines)
     ]
     xs = [x for line in lines if not line.is_level for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     if not xs:
         return ""
-    x_ticks, y_ticks = nice_ticks(min(0.0, *xs), max(xs)), nice_ticks(min(ys), max(ys))
+    x_ticks, y_ticks = nice_ticks(min([0.0, *xs] if from_zero else xs), max(xs)), nice_ticks(min(ys), max(ys))
     scale = _Scale(x_ticks[0], max(*xs, x_ticks[0] + 1e-12), y_ticks[0], y_ticks[-1])
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">',
         f"<title>{escape(title)}</title>",
         *_axes(scale, x_ticks, y_ticks, x_label, y_label),
     ]
-    for index, line in enumerate(lines):
-        parts += _curve(line, index, scale)
-    legend = [(index, line.label) for index, line in enumerate(lines) if line.points]
-    for place, (index, label) in enumerate(legend):
+    for line in lines:
+        parts += _curve(line, scale)
+    legend = dict.fromkeys((line.colour, line.label) for line in lines if line.points)
+    for place, (colour, label) in enumerate(legend):
         y = TOP + 14 + 16 * place
-        parts.append(f'<line class="line{index % 6}" x1="{WIDTH - 190}" x2="{WIDTH - 168}" y1="{y - 4}" y2="{y - 4}"/>')
+        parts.append(f'<line class="line{colour}" x1="{WIDTH - 190}" x2="{WIDTH - 168}" y1="{y - 4}" y2="{y - 4}"/>')
         parts.append(f'<text x="{WIDTH - 162}" y="{y}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>"])
 
@@ -118,8 +122,8 @@ def _axes(scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_l
     return parts
 
 
-def _curve(line: Line, index: int, scale: _Scale) -> list[str]:
-    name = f"line{index % 6}"
+def _curve(line: Line, scale: _Scale) -> list[str]:
+    name = f"line{line.colour}"
     if line.is_level:
         y = scale.y(line.points[0][1])
         return [f'<line class="{name} level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>']

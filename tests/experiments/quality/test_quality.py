@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hippos.errors import ConfigError
-from hippos.experiments.quality import Study, compare, print_table, study_config, write_curves
-from hippos.experiments.quality.study import ORDER, Run, small_study
+from hippos.errors import ConfigError, TrainingError
+from hippos.experiments.quality import (
+    Run,
+    Study,
+    compare,
+    find_runs,
+    paired_difference,
+    print_table,
+    study_config,
+    write_curves,
+    write_results,
+)
+from hippos.experiments.quality.study import ORDER, runs_of, small_study
+from hippos.experiments.quality.workers import run_side_by_side, visible_gpus
 from hippos.train import RunProgress
 from hippos.train.preparation import make_model
 
@@ -42,30 +54,105 @@ def test_seeds_are_paired() -> None:
         replace(STUDY, mixers=("s5d",))
 
 
-def test_table_shows_spread_and_pairs(tmp_path: Path) -> None:
-    runs = [
-        Run(mixer, seed, tmp_path, 1000, perplexity + seed)
-        for mixer, perplexity in (("hybrid", 20.0), ("transformer", 21.5))
-        for seed in range(3)
+def test_pairs_come_first() -> None:
+    runs = runs_of(STUDY)
+    assert runs[:6] == [(mixer, seed) for seed in range(3) for mixer in ("hybrid", "transformer")]
+    assert sorted(runs[6:]) == [("gss", 0), ("h3", 0), ("s4d", 0)]
+
+
+def _runs(differences: tuple[float, ...] = (1.5, 1.5, 1.5)) -> list[Run]:
+    pairs = [
+        (Run("hybrid", seed, 10, 1000, 20.0 + seed), Run("transformer", seed, 10, 1000, 20.0 + seed + difference))
+        for seed, difference in enumerate(differences)
     ]
-    table = print_table(runs)
-    assert "| hybrid H3 | 1,000 | 3 | 21.00 | 20.00 .. 22.00 |" in table
-    assert "+1.50 perplexity (+1.50 .. +1.50, 3 pairs; 95 % interval of the mean +-0.00)" in table
-    assert "seed by seed" not in print_table(runs[:3])
+    return [run for pair in pairs for run in pair]
+
+
+def test_table_shows_spread_and_pairs() -> None:
+    table = print_table(_runs())
+    assert "| hybrid H3 | 1,000 | 21.00 | 20.00, 21.00, 22.00 |" in table
+    assert "+1.50 (+1.50, +1.50, +1.50, 95 % interval of the mean +-0.00): the hybrid is better" in table
+    assert "seed by seed" not in print_table(_runs()[:1])
+
+
+def test_an_interval_around_zero_decides_nothing() -> None:
+    found = paired_difference(_runs((0.1, 0.2, -0.2)))
+    assert found is not None
+    assert found.margin == pytest.approx(4.303 * 0.20817 / 3**0.5, rel=1e-4)
+    assert found.verdict == "the comparison has not decided"
+    worse = paired_difference(_runs((-0.5, -0.6, -0.55)))
+    assert worse is not None
+    assert worse.verdict == "the hybrid is worse"
+    alone = paired_difference(_runs((1.0,)))
+    assert alone is not None
+    assert alone.margin is None
+    assert alone.verdict == "the comparison has not decided"
+
+
+def test_a_run_cut_short_is_named_and_not_counted() -> None:
+    cut = Run("gss", 0, 7, validation=((100, 3.0),))
+    table = print_table([*_runs(), cut])
+    assert "Not finished: gss-0 (step 7, perplexity 20.09 when last measured)." in table
+    assert "| GSS |" not in table
+
+
+def test_seeds_of_a_model_are_lines_of_one_colour(tmp_path: Path) -> None:
+    runs = [replace(run, validation=((10, 4.0), (20, 3.0))) for run in _runs()]
+    page = write_curves(runs, tmp_path / "quality.html").read_text()
+    assert page.count("<polyline") == 6
+    assert page.count(">hybrid H3</text>") == 1
+
+
+def _tiny_study(tmp_path: Path) -> Study:
+    text = tmp_path / "text.txt"
+    text.write_text("The hippo walks to the river, and the river runs to the sea.\n" * 400)
+    study = Study(corpus=(str(text),), validation=(str(text),), tokenizer="bpe:300", vocab_size=300)
+    return replace(small_study(study), mixers=("hybrid", "transformer"), n_seeds=1)
 
 
 @pytest.mark.slow
 def test_a_small_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HIPPOS_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    text.write_text("The hippo walks to the river, and the river runs to the sea.\n" * 400)
-    study = replace(
-        small_study(Study(corpus=(str(text),), validation=(str(text),), tokenizer="bpe:300", vocab_size=300)),
-        mixers=("hybrid", "transformer"),
-    )
-    runs = compare(study, tmp_path / "runs", progress=RunProgress(is_quiet=True))
-    assert [(run.seed, run.mixer) for run in runs] == [
-        (0, "hybrid"), (0, "transformer"), (1, "hybrid"), (1, "transformer")
-    ]  # fmt: skip
-    assert compare(study, tmp_path / "runs", progress=RunProgress(is_quiet=True)) == runs
-    assert write_curves(runs, tmp_path / "quality.html").read_text().count("<polyline") == 4
+    study, out = _tiny_study(tmp_path), tmp_path / "runs"
+    assert compare(study, out, progress=RunProgress(is_quiet=True))
+    runs = find_runs(study, out)
+    assert [run.name for run in runs] == ["hybrid-0", "transformer-0"]
+    assert compare(study, out, progress=RunProgress(is_quiet=True))
+    assert find_runs(study, out) == runs
+    stored = json.loads(write_results(study, runs, out, {}).read_text())
+    assert stored["runs"][0]["perplexity"] == runs[0].perplexity
+    assert stored["study"]["corpus"] == ["text.txt"]
+    assert len(runs[0].validation) == 2
+
+
+@pytest.mark.slow
+def test_side_by_side_is_the_same_as_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIPPOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    study, events = _tiny_study(tmp_path), []
+    run_side_by_side(study, tmp_path / "two", 2, events.append)
+    assert compare(study, tmp_path / "one", progress=RunProgress(is_quiet=True))
+    one, two = (find_runs(study, tmp_path / name) for name in ("one", "two"))
+    assert [run.perplexity for run in one] == pytest.approx([run.perplexity for run in two], rel=1e-5)
+    assert {(event.mixer, event.step) for event in events if event.is_done} == {("hybrid", 20), ("transformer", 20)}
+    before = len(events)
+    run_side_by_side(study, tmp_path / "two", 2, events.append)
+    assert len(events) == before
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIPPOS_CACHE", str(tmp_path / "cache"))
+    study, out = _tiny_study(tmp_path), tmp_path / "runs"
+    out.mkdir()
+    (out / "hybrid-0").write_text("no folder")
+    with pytest.raises(TrainingError, match="the run hybrid-0 failed"):
+        run_side_by_side(study, out, 1, lambda event: None)
+    assert [run.name for run in find_runs(study, out)] == ["transformer-0"]
+
+
+def test_every_gpu_is_seen_by_the_name_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert visible_gpus() == ["2", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []

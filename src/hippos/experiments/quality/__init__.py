@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from hippos.experiments.quality.results import Run, find_runs, write_results
 from hippos.experiments.quality.study import Study, compare, study_config
-from hippos.experiments.quality.table import print_table, write_curves
+from hippos.experiments.quality.table import paired_difference, print_table, write_curves
 
-__all__ = ["Study", "compare", "print_table", "study_config", "write_curves"]
+__all__ = [
+    "Run",
+    "Study",
+    "compare",
+    "find_runs",
+    "paired_difference",
+    "print_table",
+    "study_config",
+    "write_curves",
+    "write_results",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from hippos.errors import ConfigError
 from hippos.train import DataConfig, ModelConfig, OptimConfig, RunConfig, RunProgress, TrainConfig, train
 from hippos.train.recipes import MIXERS
 
-__all__ = ["ORDER", "Run", "Study", "compare", "equal_width", "study_config"]
+__all__ = ["ORDER", "PAIRED", "Study", "compare", "equal_width", "run_folder", "runs_of", "study_config"]
 
 ORDER = ("s4d", "gss", "h3", "hybrid", "transformer")
-_PAIRED = ("hybrid", "transformer")
+PAIRED = ("hybrid", "transformer")
 _WIDTH_STEP = 8
 _LARGEST_DIFFERENCE = 0.005
 
@@ -59,7 +58,11 @@ class Study:
     batch_size: int = 32
     n_tokens: int = 36_000_000
     learning_rate: float = 1e-3
-    changes: RunConfig = field(default_factory=lambda: RunConfig(eval_steps=100, save_steps=250, eval_tokens=None))
+    changes: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            eval_steps=275, eval_batch_size=32, save_steps=550, eval_tokens=None, tensorboard=False
+        )
+    )
 
     def __post_init__(self) -> None:
         if unknown := [mixer for mixer in self.mixers if mixer not in MIXERS]:
@@ -72,26 +75,7 @@ class Study:
 
     def seeds(self, mixer: str) -> range:
         """The seeds of one model; the same data order for one seed in all models."""
-        return range(self.n_seeds if self.has_all_seeds or mixer in _PAIRED else 1)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished run.
-
-    Args:
-        mixer: Its model.
-        seed: Its seed.
-        folder: Where it lies.
-        parameters: Of the model.
-        perplexity: On the held-out text, per token.
-    """
-
-    mixer: str
-    seed: int
-    folder: Path
-    parameters: int
-    perplexity: float
+        return range(self.n_seeds if self.has_all_seeds or mixer in PAIRED else 1)
 
 
 def study_config(study: Study, mixer: str, seed: int) -> TrainConfig:
@@ -132,8 +116,19 @@ def equal_width(study: Study, mixer: str) -> int:
     return width
 
 
-def compare(study: Study, out: Path, *, progress: RunProgress | None = None) -> list[Run]:
-    """Train all models, or go on where an earlier call stopped.
+def runs_of(study: Study) -> list[tuple[str, int]]:
+    """Mixer and seed of every run, those of the paired comparison first, pair by pair: a study cut short is paired."""
+    runs = [(mixer, seed) for seed in range(study.n_seeds) for mixer in study.mixers if seed in study.seeds(mixer)]
+    return sorted(runs, key=lambda run: run[0] not in PAIRED)
+
+
+def run_folder(out: Path, mixer: str, seed: int) -> Path:
+    """Where a run of a study lies."""
+    return out / f"{mixer}-{seed}"
+
+
+def compare(study: Study, out: Path, *, progress: RunProgress | None = None) -> bool:
+    """Train all models one after the other, or go on where an earlier call stopped.
 
     Args:
         study: What is compared.
@@ -141,20 +136,13 @@ def compare(study: Study, out: Path, *, progress: RunProgress | None = None) -> 
         progress: What the user sees.
 
     Returns:
-        The runs; those of one seed are neighbours in time, so that a study cut short is still paired.
+        Whether all runs have finished; False if a signal stopped one.
     """
-    found: list[Run] = []
-    for seed in range(study.n_seeds):
-        for mixer in study.mixers:
-            if seed not in study.seeds(mixer):
-                continue
-            config, folder = study_config(study, mixer, seed), out / f"{mixer}-{seed}"
-            result = train(config, folder, resume=True, progress=progress)
-            if result.summary is None:
-                return found
-            summary = result.summary
-            found.append(Run(mixer, seed, folder, summary["parameters"], summary["validation"]["perplexity"]))
-    return found
+    for mixer, seed in runs_of(study):
+        result = train(study_config(study, mixer, seed), run_folder(out, mixer, seed), resume=True, progress=progress)
+        if result.summary is None:
+            return False
+    return True
 
 
 def _model_fields(study: Study, mixer: str) -> dict[str, Any]:
@@ -189,10 +177,5 @@ def small_study(study: Study) -> Study:
         batch_size=4,
         n_tokens=20 * 4 * 64,
         n_seeds=2,
-        changes=RunConfig(log_steps=5, eval_steps=10, save_steps=10, eval_tokens=2000),
+        changes=RunConfig(log_steps=5, eval_steps=10, save_steps=10, eval_tokens=2000, tensorboard=False),
     )
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, smallest and largest."""
-    return sum(values) / len(values), min(values), max(values)
