@@ -250,7 +250,7 @@ class Stopping(RunProgress):
         super().__init__(is_quiet=True)
         self.count = 0
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, loss: float) -> None:
         self.count += 1
         if self.count == 3:
             os.kill(os.getpid(), signal.SIGINT)

@@ -288,7 +288,7 @@ class StopsAt(RunProgress):
         self.number = number
         self.times = times
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, loss: float) -> None:
         if step == self.at:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)

@@ -46,7 +46,6 @@ def training_arguments(config: TrainConfig, run: Path, processes: Processes) -> 
         seed=optim.seed,
         bf16=optim.dtype == "bfloat16" or (optim.dtype == "auto" and use_cuda and torch.cuda.is_bf16_supported()),
         use_cpu=not use_cuda,
-        torch_compile=config.run.compile,
         full_determinism=False,
         ignore_data_skip=True,  # the loader starts where the run goes on
         ddp_find_unused_parameters=False,

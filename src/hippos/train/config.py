@@ -178,7 +178,7 @@ class RunConfig:
         parallel: With several processes: "ddp", each holds the whole model, or "fsdp", they share it out (FSDP2).
         context_parallel: Processes that share each sequence, for sequences too long for one.
         activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
-        compile: Compile the model with torch.compile.
+        compile: Compile the model's blocks with torch.compile.
         deterministic: On CUDA, use only algorithms that repeat bit for bit.
         baselines: After the last step, score unigram and trigram models on the validation text.
         sample_prompt: After the last step, let the model go on from this text; empty: don't.

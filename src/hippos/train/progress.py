@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 __all__ = ["RunProgress", "format_seconds"]
+
+QUIET_SECONDS = 15.0  # without a terminal nothing is said for longer, so that a slow run is not taken for a dead one
 
 
 def format_seconds(seconds: float) -> str:
@@ -26,15 +29,26 @@ class RunProgress:
     Args:
         is_quiet: Say nothing at all.
         console: Where to report; by default standard error.
+        clock: Gives the time, in seconds.
     """
 
-    def __init__(self, *, is_quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        is_quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console = console or Console(stderr=True, quiet=is_quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
+        self._total = 0
+        self._clock = clock
+        self._last_line = clock()
 
     def note(self, text: str) -> None:
         """Print one line of text."""
+        self._last_line = self._clock()
         self.console.print(text, markup=False, highlight=False)
 
     @contextmanager
@@ -51,6 +65,7 @@ class RunProgress:
     @contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
         """Show a bar over the steps of a run while the block runs."""
+        self._total = total
         if not self.console.is_terminal:
             yield
             return
@@ -67,10 +82,12 @@ class RunProgress:
                 self._bar.refresh()
         self._bar = None
 
-    def step(self, step: int) -> None:
-        """Move the bar."""
+    def step(self, step: int, loss: float) -> None:
+        """Move the bar; without one, say where the run is if nothing was said for a while."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+        elif self._clock() - self._last_line >= QUIET_SECONDS:
+            self.note(f"step {step}/{self._total}  loss {loss:.3f}")
 
     def metrics(self, step: int, total: int, row: Mapping[str, float], seconds_left: float) -> None:
         """Show a row of training metrics."""

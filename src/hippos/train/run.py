@@ -270,8 +270,13 @@ def _deterministic(run: RunConfig) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is only deterministic with a fixed workspace
     before = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic  # a module whose attributes are properties
+    was_filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    # Filling every new tensor, the default of this mode, is for debugging: it writes all memory once more.
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
+        memory.fill_uninitialized_memory = was_filled
         torch.use_deterministic_algorithms(before)

@@ -35,6 +35,7 @@ from hippos.layers import param_groups
 from hippos.models.context import ContextPart, split_context
 from hippos.train.arguments import checkpoint_activations, seed_process, training_arguments
 from hippos.train.checkpointing import CheckpointingTrainer
+from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.config import TrainConfig
 from hippos.train.flops import peak_flops, training_flops_per_token
 from hippos.train.flow import LossWindow, StepClock, StepFlow
@@ -108,10 +109,10 @@ class RunTrainer(CheckpointingTrainer):
         self._clock = StepClock()
         self._window = LossWindow()
         self._step_loss: Tensor | float = 0.0
-        self._grad_norm = math.nan
+        self._last_loss = self._grad_norm = math.nan
         self._wants_stop = False
         self._saving_to: Path | None = None
-        flow = StepFlow(config.run, config.optim.steps, self._clock, lambda: self._wants_stop, progress.step)
+        flow = StepFlow(config.run, config.optim.steps, self._clock, lambda: self._wants_stop, self._show_step)
         collate = collate_blocks
         if config.data.reset_at_documents:
             collate = partial(collate_documents, end_id=blocks.end_id)
@@ -120,6 +121,8 @@ class RunTrainer(CheckpointingTrainer):
         self._flops_per_token = training_flops_per_token(model, config.data.seqlen)
         if config.run.activation_checkpointing:
             checkpoint_activations(model)
+        if config.run.compile:
+            compile_blocks(model)
         if config.run.parallel == "fsdp" and not processes.is_alone:
             shard_model(model, arguments.device, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
         super().__init__(
@@ -231,7 +234,8 @@ class RunTrainer(CheckpointingTrainer):
         on_device = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in measured])
         # The mean over all processes; one who was asked to stop stops all of them after the same step.
         loss, norm, wants_stop = self.accelerator.reduce(on_device, reduction="mean").tolist()
-        self._step_loss, self._grad_norm, self._wants_stop = 0.0, norm, wants_stop > 0
+        self._step_loss, self._wants_stop = 0.0, wants_stop > 0
+        self._last_loss, self._grad_norm = loss, norm
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 raise TrainingError(
@@ -241,6 +245,9 @@ class RunTrainer(CheckpointingTrainer):
                 )
         self._window.losses.append(loss)
         return grad_norm
+
+    def _show_step(self, step: int) -> None:
+        self.progress.step(step, self._last_loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a row of metrics at Trainer's logging steps; its other reports are ours to make."""
@@ -270,7 +277,7 @@ class RunTrainer(CheckpointingTrainer):
         """Score the validation text, in windows of the training length that do not overlap."""
         row: dict[str, float] = {}
         if self.validation is not None:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), without_compilation():
                 score = score_packed(
                     self.model,
                     self.validation,
