@@ -178,11 +178,6 @@ class TestInterpreted:
         with pytest.raises(UnsupportedError, match=message):
             call(inputs, "triton")
 
-    def test_refused_options(self):
-        inputs = make_inputs(1, 2, 20, 4, 3, torch.float32)
-        with pytest.raises(UnsupportedError, match="it takes head_dim 1, got 2"):
-            h3_mix(*inputs[:5], *(x[:1] for x in inputs[5:9]), head_dim=2, impl="triton")
-
 
 @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
 class TestOperator:
@@ -200,7 +195,7 @@ class TestOperator:
     def test_packed_documents_by_the_operator(self):
         bounds = [0, 5, 5, 48]
         inputs = Inputs(*leaves(*make_inputs(1, 2, 48, 4, 3, torch.float32, n_docs=3)))
-        y, state = h3_mix_triton(*inputs[:9], H3State(*inputs[9:]), torch.tensor(bounds), True)
+        y, state = h3_mix_triton(*inputs[:9], 1, H3State(*inputs[9:]), torch.tensor(bounds), True)
         (y.square().sum() + state.diag.sum()).backward()
         exact = Inputs(*leaves(*inputs))
         want, last = call(exact, "reference", bounds=bounds)
@@ -227,7 +222,7 @@ class TestOperator:
         inputs = Inputs(*leaves(*make_inputs(2, 2, 37, 4, 3, torch.float32)))
 
         def mix(*x):
-            return h3_mix_triton(*x[:9], H3State(*x[9:]), None, True)
+            return h3_mix_triton(*x[:9], 1, H3State(*x[9:]), None, True)
 
         y, state = torch.compile(mix, backend="aot_eager", fullgraph=True)(*inputs)
         wanted, last = mix(*inputs)

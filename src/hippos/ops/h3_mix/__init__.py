@@ -140,7 +140,7 @@ def h3_mix(
         ValueError: If shapes, dtypes of q, k, v, or devices disagree, L is 0, ``head_dim`` does not fit, or
             ``cu_seqlens`` does not describe the sequence, or ``impl`` is unknown.
         UnsupportedError: If ``impl="triton"`` and the tensors are not on a CUDA device, signals are float64,
-            ``head_dim`` is larger than 1, there are more than 128 taps (64 in float32) or 64
+            ``head_dim`` is larger than 128, there are more than 128 taps (64 in float32) or 64
             modes (32 in float32), or the GPU has too little shared memory.
 
     Source:
@@ -166,7 +166,7 @@ def h3_mix(
     arguments = (q, k, v, *layer, head_dim, initial_state, bounds)
     state: H3State | None
     if takes_triton:
-        y, state = h3_mix_triton(q, k, v, *layer, initial_state, cu_seqlens, return_state)
+        y, state = h3_mix_triton(q, k, v, *layer, head_dim, initial_state, cu_seqlens, return_state)
     elif impl == "reference":
         y, state = h3_mix_reference(*arguments)
     else:

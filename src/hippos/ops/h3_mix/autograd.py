@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hippos.errors import UnsupportedError
 from hippos.ops.h3_mix.chunked import kept_keys
+from hippos.ops.h3_mix.heads import MOST_CHANNELS, h3_heads_kernel_op
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
+from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative, with_unit_stride, without_gaps
 from hippos.ops.h3_mix.state import H3State, document_ends, last_keys, last_samples
 from hippos.ops.h3_mix.tail import state_after_tail
 from hippos.ops.kernel_device import has_large_shared_memory, is_interpreted
@@ -24,8 +25,8 @@ COMMON_TAPS, COMMON_MODES = 64, 32
 
 def why_not_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int) -> str | None:
     """What keeps the kernels from these inputs, in the words of an error message; None if nothing does."""
-    if head_dim > 1:
-        return f"it takes head_dim 1, got {head_dim}"
+    if head_dim > MOST_CHANNELS:
+        return f"it takes heads of up to {MOST_CHANNELS} channels, got head_dim {head_dim}"
     n_taps, most_taps = shift_filter.shape[1], most_taps_of(q.dtype)
     if n_taps > most_taps:
         return f"it takes shift filters of up to {most_taps} taps in {q.dtype}, got {n_taps}"
@@ -60,6 +61,7 @@ def h3_mix_triton(
     b: Tensor,
     c: Tensor,
     d: Tensor,
+    head_dim: int,
     initial_state: H3State | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
@@ -68,47 +70,35 @@ def h3_mix_triton(
 
     Time must be the fastest axis: a signal whose last stride is not 1 is copied first.
     """
-    q, k, v = (_with_unit_stride(signal) for signal in (q, k, v))
+    q, k, v = (with_unit_stride(signal) for signal in (q, k, v))
     shift_filter, shift_d = shift_filter.float().contiguous(), shift_d.float().contiguous()
     log_a, b, c, d = (x.float().contiguous() for x in (log_a, b, c, d))
     past, initial = (None, None) if initial_state is None else initial_state
     initial = None if initial is None else initial.float().contiguous()
     tensors = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial)
-    saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
-    y, diag, _ = h3_mix_kernel_op(*tensors, cu_seqlens, return_state, saves_states)
+    if head_dim > 1:
+        y, diag = h3_heads_kernel_op(*tensors, cu_seqlens, head_dim, return_state)
+    else:
+        saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        y, diag, _ = h3_mix_kernel_op(*tensors, cu_seqlens, return_state, saves_states)
     if not return_state:
         return y, None
     n_past = shift_filter.shape[1] - 1
     # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
+    layer = (shift_filter, shift_d, log_a, b)
     chunk = forward_schedule(q.dtype, log_a.shape[1], q.device).chunk
     rest = q.shape[-1] % chunk
     if cu_seqlens is not None:
         keys, values = last_samples(k, past, cu_seqlens, n_past + chunk), last_samples(v, None, cu_seqlens, chunk)
         begin, end = document_ends(cu_seqlens, q.shape[-1])
-        layer = (shift_filter, shift_d, log_a, b)
-        diag = state_after_tail(diag, keys[..., n_past:], values, keys[..., :n_past], *layer, (end - begin) % chunk)
+        left, recent = (end - begin) % chunk, keys[..., :n_past]
+        diag = state_after_tail(diag, keys[..., n_past:], values, recent, *layer, left, head_dim)
     elif rest > 0:
         before = k.new_zeros(*k.shape[:2], n_past) if past is None else past
         recent = last_keys(before, k[..., :-rest]) if rest < k.shape[-1] else before
-        diag = state_after_tail(diag, k[..., -rest:], v[..., -rest:], recent, shift_filter, shift_d, log_a, b)
+        diag = state_after_tail(diag, k[..., -rest:], v[..., -rest:], recent, *layer, None, head_dim)
     return y, H3State(kept_keys(k, past, n_past, cu_seqlens), diag)
-
-
-def _laid_out(inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """The tensors as the kernels read them: a compiler may have changed strides on the way to the operator."""
-    *most, past, initial = inputs
-    signals, parameters = most[:3], most[3:]
-    return (
-        *(None if x is None else _with_unit_stride(x) for x in signals),
-        *(None if x is None else x.contiguous() for x in parameters),
-        past,
-        None if initial is None else initial.contiguous(),
-    )
-
-
-def _with_unit_stride(signal: Tensor) -> Tensor:
-    return signal if signal.stride(-1) == 1 else signal.contiguous()
 
 
 @torch.library.custom_op("hippos::h3_mix_kernel", mutates_args=())
@@ -135,8 +125,8 @@ def h3_mix_kernel_op(
         return y, state, saved_states(q, log_a, cu_seqlens).zero_() if saves_states else none(q)
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
 
-    laid_out = MixInputs(*_laid_out(inputs))
-    y, state, saved = h3_mix_fwd(laid_out, cu_seqlens, wants_state=return_state, saves_states=saves_states)
+    tensors = MixInputs(*laid_out(inputs))
+    y, state, saved = h3_mix_fwd(tensors, cu_seqlens, wants_state=return_state, saves_states=saves_states)
     like = torch.empty_like(q)
     return y if y.stride() == like.stride() else like.copy_(y), state, saved
 
@@ -196,8 +186,8 @@ def h3_mix_kernel_backward_op(
         return backward_without_kernels(*inputs, cu_seqlens, without_gaps(dout), dstate)
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
-    laid_out = MixInputs(*_laid_out(inputs))
-    return tuple(h3_mix_bwd(laid_out, cu_seqlens, without_gaps(dout), dstate, saved.contiguous()))  # type: ignore[return-value]
+    tensors = MixInputs(*laid_out(inputs))
+    return tuple(h3_mix_bwd(tensors, cu_seqlens, without_gaps(dout), dstate, saved.contiguous()))  # type: ignore[return-value]
 
 
 @h3_mix_kernel_backward_op.register_fake
@@ -223,12 +213,6 @@ def _backward_shapes(
     return *signals, *(none(q) if x is None else x.new_empty(x.shape) for x in rest)  # type: ignore[return-value]
 
 
-def without_gaps(dout: Tensor) -> Tensor:
-    """``dout``, or a contiguous copy where its memory has gaps, overlaps, or time that is not the fastest axis."""
-    is_dense = dout.stride(-1) == 1 and torch.empty_like(dout).stride() == dout.stride()
-    return dout if is_dense else dout.contiguous()
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, _ = inputs
     _, state, saved = output
@@ -246,12 +230,8 @@ def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> 
     return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None, None)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise UnsupportedError("h3_mix has no second derivative with impl='triton'; impl='reference' has")
-
-
 h3_mix_kernel_op.register_autograd(_backward, setup_context=_save)
-h3_mix_kernel_backward_op.register_autograd(_refuse_second_derivative)
+h3_mix_kernel_backward_op.register_autograd(refuse_second_derivative)
 stack_as_channels(
     h3_mix_kernel_op, inputs=(1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, None, None, None), outputs=(1, 1, 1), saves=13
 )

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from hippos.ops.h3_mix.autograd import (
-    _laid_out,
-    _refuse_second_derivative,
-    _with_unit_stride,
     h3_mix_kernel_op,
     is_common,
     saved_states,
     why_not_triton,
-    without_gaps,
 )
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
+from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative, with_unit_stride, without_gaps
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.stacking import stack_as_channels
@@ -62,7 +59,7 @@ def h3_mix_joint(
     parameters = [x.float().contiguous() for x in (shift_filter, shift_d, log_a, b, c, d)]
     saves_states = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, *parameters))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(qkv.device).contiguous()
-    return h3_mix_joint_op(_with_unit_stride(qkv), *parameters, cu_seqlens, saves_states)[0]
+    return h3_mix_joint_op(with_unit_stride(qkv), *parameters, cu_seqlens, saves_states)[0]
 
 
 @torch.library.custom_op("hippos::h3_mix_joint_kernel", mutates_args=())
@@ -123,7 +120,7 @@ def h3_mix_joint_backward_op(
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
     gradients = h3_mix_bwd(
-        MixInputs(*_laid_out((q, k, v, *parameters, None, None))),
+        MixInputs(*laid_out((q, k, v, *parameters, None, None))),
         cu_seqlens,
         dout,
         None,
@@ -175,5 +172,5 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
 
 
 h3_mix_joint_op.register_autograd(_backward, setup_context=_save)
-h3_mix_joint_backward_op.register_autograd(_refuse_second_derivative)
+h3_mix_joint_backward_op.register_autograd(refuse_second_derivative)
 stack_as_channels(h3_mix_joint_op, inputs=(2, 0, 0, 0, 0, 0, 0, None, None), outputs=(1, 1), saves=8)

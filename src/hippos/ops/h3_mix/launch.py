@@ -75,9 +75,10 @@ def h3_mix_fwd(
         y, laid out in memory like ``q``; the state, shape (B or n_docs, D, M, 2); the saved states.
     """
     if cu_seqlens is not None:
-        y = _shift_keys(inputs, torch.empty_like(inputs.q), cu_seqlens)
-        diag = Inputs(inputs.v, *inputs[5:9], y, inputs.q, inputs.initial_state)
-        # The shifted keys lie where the output will: every sample of theirs is read before its output is written.
+        key = _shift_keys(inputs, torch.empty_like(inputs.q, dtype=key_dtype(inputs.k)), cu_seqlens)
+        diag = Inputs(inputs.v, *inputs[5:9], key, inputs.q, inputs.initial_state)
+        # They lie where the output will, if they can: every sample of theirs is read before its output is written.
+        y = key if key.dtype == inputs.q.dtype else torch.empty_like(inputs.q)
         return ssm_conv_fwd(diag, cu_seqlens, wants_state=wants_state, saves_states=saves_states, y=y)
     q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
     (batch, n_heads, seqlen), device = q.shape, q.device
@@ -151,7 +152,7 @@ def h3_mix_bwd(
     Returns:
         The gradients; those of signals laid out like ``dout``.
     """
-    q, _, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
+    q, _, v, _, _, log_a, b, c, d, past, initial_state = inputs
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
     key = _shift_keys(inputs, dk, cu_seqlens)
     diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
@@ -159,16 +160,20 @@ def h3_mix_bwd(
     dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key, cu_seqlens)  # in the place of the shifted keys
     dpast = torch.empty(0, device=q.device)
     if past is not None:
-        n_past = past.shape[-1]
-        head = dkey[..., : max(1, n_past)].float()
-        if cu_seqlens is not None:
-            head = first_samples(dkey, cu_seqlens, max(1, n_past)).float()
-        _, more, from_head = shift_conv_adjoint(
-            torch.zeros_like(head), with_skip(shift_filter, shift_d), past, None, head
-        )
-        dfilter, dskip = dfilter + more, dskip + more[:, 0]
-        dpast = dpast if from_head is None else from_head
+        dpast, dfilter, dskip = _past_gradient(inputs, dkey, dfilter, dskip, cu_seqlens)
     return MixInputs(dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial)
+
+
+def _past_gradient(
+    inputs: MixInputs, dkey: Tensor, dfilter: Tensor, dskip: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the past keys, and those of the shift SSM's parameters with what the past adds to them."""
+    past, taps = inputs.past, with_skip(inputs.shift_filter, inputs.shift_d)
+    n_samples = max(1, taps.shape[1] - 1)  # those that the past reaches
+    head = dkey[..., :n_samples] if cu_seqlens is None else first_samples(dkey, cu_seqlens, n_samples)
+    head = head.float()
+    _, more, dpast = shift_conv_adjoint(torch.zeros_like(head), taps, past, None, head)
+    return torch.empty(0, device=dkey.device) if dpast is None else dpast, dfilter + more, dskip + more[:, 0]
 
 
 def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -265,6 +270,11 @@ def window_len(chunk: int, n_taps: int) -> int:
 def shift_planes(dtype: torch.dtype) -> int:
     """Parts of the shift operator; one bfloat16 part makes half as large an error as rounding the output does."""
     return 2 if dtype == torch.float16 else 1
+
+
+def key_dtype(k: Tensor) -> torch.dtype:
+    """Dtype of shifted keys that go through memory on the way to the output: rounding them twice is too much."""
+    return torch.float32 if k.dtype == torch.float16 else k.dtype
 
 
 def _pad_modes(state: Tensor, modes: int) -> Tensor:

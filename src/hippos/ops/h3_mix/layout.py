@@ -1,0 +1,38 @@
+"""How tensors lie in memory when the kernels read and write them."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from hippos.errors import UnsupportedError
+
+
+def laid_out(inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The tensors as the kernels read them: a compiler may have changed strides on the way to the operator."""
+    *most, past, initial = inputs
+    signals, parameters = most[:3], most[3:]
+    return (
+        *(None if x is None else with_unit_stride(x) for x in signals),
+        *(None if x is None else x.contiguous() for x in parameters),
+        past,
+        None if initial is None else initial.contiguous(),
+    )
+
+
+def with_unit_stride(signal: Tensor) -> Tensor:
+    """The signal with time as its fastest axis: itself or a copy."""
+    return signal if signal.stride(-1) == 1 else signal.contiguous()
+
+
+def without_gaps(dout: Tensor) -> Tensor:
+    """``dout``, or a contiguous copy where its memory has gaps, overlaps, or time that is not the fastest axis."""
+    is_dense = dout.stride(-1) == 1 and torch.empty_like(dout).stride() == dout.stride()
+    return dout if is_dense else dout.contiguous()
+
+
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    """Raise what every backward operator's own backward pass raises."""
+    raise UnsupportedError("h3_mix has no second derivative with impl='triton'; impl='reference' has")
