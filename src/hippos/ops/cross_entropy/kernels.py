@@ -8,7 +8,7 @@ import triton.language as tl
 def softmax_cross_entropy_kernel(
     logits_ptr, targets_ptr, nll_ptr,
     stride_row, vocab_size, n_columns, ignore_index,
-    WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """One row of logits: its nll, and the row overwritten with softmax minus one-hot.
 
@@ -19,14 +19,16 @@ def softmax_cross_entropy_kernel(
     target = tl.load(targets_ptr + row)
     counts = target != ignore_index
     offs = tl.arange(0, BLOCK)
-    # Finite, because a lane that has seen nothing would subtract -inf from -inf.
-    largest = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    # A lane looks at PACK columns before it rescales its sum. Finite, because one that has seen nothing would subtract
+    # -inf from -inf.
+    places = tl.arange(0, BLOCK // PACK)[:, None] * PACK + tl.arange(0, PACK)[None, :]
+    largest = tl.full([BLOCK // PACK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK // PACK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
-        column = start + offs
+        column = start + places
         x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, x)
-        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        new = tl.maximum(largest, tl.max(x, axis=1))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[:, None]), axis=1)
         largest = new
     peak = tl.max(largest, axis=0)
     log_sum = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))

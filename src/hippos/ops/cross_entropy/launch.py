@@ -32,7 +32,7 @@ def softmax_cross_entropy(
     softmax_cross_entropy_kernel[(n_tokens,)](
         logits, targets, nll,
         logits.stride(0), vocab_size, n_columns, ignore_index,
-        WANTS_GRAD=wants_grad, BLOCK=block,
+        WANTS_GRAD=wants_grad, BLOCK=block, PACK=min(8, block),
         num_warps=16 if block >= 4096 else 4,
     )  # fmt: skip
     return nll.sum(), logits
