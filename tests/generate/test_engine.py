@@ -442,3 +442,26 @@ def test_nothing_is_left_behind(make_model, ids):
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert not stream.padded_tokens().is_inference()
+
+
+@pytest.mark.parametrize("chunk_len", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_as_on_a_gpu_leaves_the_same_state(make_model, shape, chunk_len):
+    model = make_model(**shape)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.bias") or "mlp" in name:  # biases begin as zeros
+            parameter.data.normal_(0, 0.2, generator=generator)
+    texts = [torch.randint(VOCAB, (n,), generator=generator) for n in (9, 17, 1)]
+    for pieces in (texts, [texts[1], texts[1].flip(0)]):
+        states = []
+        for is_fused in (False, True):
+            decoder = H3Decoder(model, GenerationState.empty(model, len(pieces), context=40), chunk_len=chunk_len)
+            decoder._reads_fused = is_fused
+            decoder.read(pieces)
+            decoder.read([piece[:2] for piece in pieces])
+            states.append(decoder.state)
+        for (name, plain), (_, fused) in zip(*(state.tensors() for state in states), strict=True):
+            torch.testing.assert_close(
+                fused, plain, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )

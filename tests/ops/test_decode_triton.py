@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.decode import add_norm, attention_step, linear_step, linear_step_parts
+from hippos.ops.decode import (
+    BIAS_COLUMNS,
+    add_norm,
+    attention_step,
+    linear_step,
+    linear_step_parts,
+    norm_tokens,
+)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -109,6 +116,26 @@ def test_parts_are_added_and_normalised(generator, device, dtype, batch, n_rows,
     kept = stream.clone()
     assert distance(add_norm(stream, None, None, *norm, 1e-5), wanted) < TOLERANCES[dtype]
     assert torch.equal(stream, kept)
+
+
+@on_a_device
+@dtypes
+@pytest.mark.parametrize("has_ones", [False, True])
+@pytest.mark.parametrize(("n_tokens", "d_model"), [(1, 64), (5, 192), (33, 128)])
+def test_tokens_of_a_prompt_normalised(generator, device, dtype, has_ones, n_tokens, d_model):
+    skip_interpreted_bfloat16(device, dtype)
+    x, weight, bias = (
+        draw(generator, *size, device=device, dtype=dtype) for size in ((n_tokens, d_model), (d_model,), (d_model,))
+    )
+    shift = draw(generator, d_model, device=device, dtype=torch.float32)
+    got = norm_tokens(x, shift, weight, bias, 1e-5, has_ones=has_ones)
+    wide = [tensor.double() for tensor in (x, shift, weight, bias)]
+    wanted = norm_tokens(*wide, 1e-5, has_ones=has_ones, impl="reference")
+    assert got.shape == wanted.shape == (n_tokens, d_model + has_ones * BIAS_COLUMNS)
+    assert distance(got[:, :d_model], wanted[:, :d_model]) < TOLERANCES[dtype]
+    assert torch.equal(got[:, d_model:].double(), wanted[:, d_model:])
+    normal = torch.layer_norm(wide[0] + wide[1], (d_model,), *wide[2:], 1e-5)
+    torch.testing.assert_close(wanted[:, :d_model], normal)
 
 
 @on_a_device

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from hippos.generate.fused_read import FusedRead, takes_mixer
 from hippos.generate.fused_step import FusedStep
 from hippos.generate.state import GenerationState, KeyValues
-from hippos.layers import H3, MLP, S4
-from hippos.layers.projections import is_plain_linear, project_tokens
+from hippos.layers import H3, S4
+from hippos.layers.projections import project_tokens
 from hippos.layers.ssm_module import SSMModule
 from hippos.models.attention import CachedSelfAttention
 from hippos.ops import H3State
 from hippos.ops.decode import MOST_ROWS, StepImpl, attention_step
 
-TOKENS_AT_ONCE = {"cuda": 65536, "cpu": 8192}
+TOKENS_AT_ONCE = {"cuda": 131072, "cpu": 8192}
 
 
 class Chunk(NamedTuple):
@@ -62,8 +63,8 @@ class H3Decoder:
     Args:
         model: The model.
         state: The state, changed in place.
-        chunk_len: Tokens of each text that are read at once; None: as many as make 65,536 tokens of all texts on a GPU,
-            8,192 elsewhere.
+        chunk_len: Tokens of each text that are read at once; None: as many as make 131,072 tokens of all texts on a
+            GPU, 8,192 elsewhere.
     """
 
     def __init__(self, model: Any, state: GenerationState, *, chunk_len: int | None = None) -> None:
@@ -71,6 +72,7 @@ class H3Decoder:
         self.state = state
         self.chunk_len = chunk_len
         self._fused = FusedStep(model) if FusedStep.fits(model) else None
+        self._reads_fused = FusedRead.fits(model)
 
     @property
     def seen(self) -> Tensor:
@@ -166,20 +168,12 @@ class H3Decoder:
         starts = [state.n_tokens[row] for row in rows]
         chunk = Chunk(rows, starts, lengths, state.batch, is_packed=min(lengths) != max(lengths))
         ids = torch.cat(list(pieces)).unsqueeze(0) if chunk.is_packed else torch.stack(list(pieces))
+        index, ends = (torch.tensor(numbers, device=ids.device) for numbers in (rows, chunk.bounds[1:]))
         x = body.embed_tokens(ids)
-        position_ids = _positions(chunk, ids)
+        position_ids = _positions(self.model, chunk, ids)
         if body.embed_positions is not None:
             x = x + body.embed_positions(position_ids)
-        for block, layer in zip(body.layers, state.layers, strict=True):
-            u = block.norm1(x)
-            if isinstance(layer, KeyValues):
-                x = x + _attend_chunk(block.mixer, u, layer, chunk, position_ids)
-            else:
-                x = x + _mix_chunk(block.mixer, u, layer, chunk)
-            if block is body.layers[-1]:  # of its outputs, only the last tokens' are wanted
-                x = x[0, [end - 1 for end in chunk.bounds[1:]]] if chunk.is_packed else x[:, -1]
-            x = x + _map_tokens(block.mlp, block.norm2(x))
-        index = torch.tensor(rows, device=ids.device)
+        x = self._read_layers(x, chunk, position_ids, ends - 1)
         state.hidden.index_copy_(0, index, body.norm(x))
         state.lengths.index_add_(0, index, torch.tensor(lengths, device=ids.device))
         if chunk.takes_all and not chunk.is_packed:
@@ -189,6 +183,39 @@ class H3Decoder:
                 state.seen[row].index_fill_(0, piece, True)
         for row, n_new in zip(rows, lengths, strict=True):
             state.n_tokens[row] += n_new
+
+    def _read_layers(self, x: Tensor, chunk: Chunk, position_ids: Tensor | None, last: Tensor) -> Tensor:
+        """Run embedded tokens, (b, L, D), through the layers; of the last one, only some tokens' outputs, (n, D)."""
+        if self._reads_fused:
+            return self._read_fused(x, chunk, position_ids, last)
+        body = self.model.model
+        for block, layer in zip(body.layers, self.state.layers, strict=True):
+            u = block.norm1(x)
+            if isinstance(layer, KeyValues):
+                x = x + _attend_chunk(block.mixer, u, layer, chunk, position_ids)
+            else:
+                x = x + _mix_chunk(block.mixer, u, layer, chunk)
+            if block is body.layers[-1]:
+                x = x.flatten(0, 1).index_select(0, last)
+            x = x + block.mlp(block.norm2(x))
+        return x
+
+    def _read_fused(self, x: Tensor, chunk: Chunk, position_ids: Tensor | None, last: Tensor) -> Tensor:
+        body, stream = self.model.model, FusedRead(x, impl="triton" if x.is_cuda else "reference")
+        for block, layer in zip(body.layers, self.state.layers, strict=True):
+            if isinstance(layer, KeyValues):
+                stream.add(_attend_chunk(block.mixer, stream.normalised(block.norm1), layer, chunk, position_ids))
+            elif isinstance(layer, H3State) and takes_mixer(block.mixer):
+                before, cu_seqlens = _states_before(layer, chunk), _bounds_of(chunk, x.device)
+                after = stream.add_mixed(block.mixer, block.norm1, state=before, cu_seqlens=cu_seqlens)
+                _put(layer, after, chunk)
+            else:
+                stream.add(_mix_chunk(block.mixer, stream.normalised(block.norm1), layer, chunk))
+            if block is body.layers[-1]:
+                x = stream.taken(last)
+                return x + block.mlp(block.norm2(x))
+            stream.add_mapped(block.mlp, block.norm2)
+        return stream.taken(last)
 
 
 def _attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, lengths: Tensor, n_tokens: list[int]) -> Tensor:
@@ -204,30 +231,20 @@ def _attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, lengths: Ten
     return F.scaled_dot_product_attention(q, cache.keys[:, :, :width], cache.values[:, :, :width], mask)
 
 
-def _positions(chunk: Chunk, ids: Tensor) -> Tensor:
-    """Positions of a chunk's tokens, shape of ``ids``."""
+def _positions(model: Any, chunk: Chunk, ids: Tensor) -> Tensor | None:
+    """Positions of a chunk's tokens, shape of ``ids``; None for a model that asks for none."""
+    if model.config.rotary_dim == 0 and model.model.embed_positions is None:
+        return None
     spans = [torch.arange(start, start + n) for start, n in zip(chunk.starts, chunk.lengths, strict=True)]
     return (torch.cat(spans) if chunk.is_packed else torch.stack(spans)).view(ids.shape).to(ids.device)
-
-
-def _map_tokens(mlp: MLP, u: Tensor) -> Tensor:
-    """The MLP; on a GPU its first product and its GELU are one kernel."""
-    is_plain = is_plain_linear(mlp.fc1) and mlp.fc1.bias is not None
-    if u.device.type != "cuda" or u.dtype not in (torch.bfloat16, torch.float16) or not is_plain:
-        y: Tensor = mlp(u)
-        return y
-    rows = u.reshape(-1, u.shape[-1])
-    inner = torch._addmm_activation(mlp.fc1.bias, rows, mlp.fc1.weight.t(), use_gelu=True)
-    return project_tokens(mlp.fc2, inner).view(u.shape)
 
 
 def _mix_chunk(mixer: Any, u: Tensor, layer: H3State | Tensor, chunk: Chunk) -> Tensor:
     """Run an SSM layer over a chunk, (b, L, D) or (1, total, D), and keep its states."""
     if chunk.is_packed and isinstance(mixer, S4):  # its filter knows no bounds
         return _mix_one_by_one(mixer, u, layer, chunk)
-    cu_seqlens = torch.tensor(chunk.bounds, dtype=torch.int32, device=u.device) if chunk.is_packed else None
-    before = None if chunk.is_fresh else _taken(layer, chunk)
-    y, after = mixer(u, initial_state=before, return_state=True, cu_seqlens=cu_seqlens)
+    cu_seqlens = _bounds_of(chunk, u.device)
+    y, after = mixer(u, initial_state=_states_before(layer, chunk), return_state=True, cu_seqlens=cu_seqlens)
     _put(layer, after, chunk)
     return y
 
@@ -240,7 +257,15 @@ def _mix_one_by_one(mixer: Any, u: Tensor, layer: H3State | Tensor, chunk: Chunk
     return torch.cat(outputs, dim=1)
 
 
-def _taken(layer: H3State | Tensor, chunk: Chunk) -> H3State | Tensor:
+def _bounds_of(chunk: Chunk, device: torch.device) -> Tensor | None:
+    """Offsets of the texts that lie behind each other, shape (n + 1,); None where they lie side by side."""
+    return torch.tensor(chunk.bounds, dtype=torch.int32, device=device) if chunk.is_packed else None
+
+
+def _states_before(layer: Any, chunk: Chunk) -> Any:
+    """A layer's states of a chunk's rows; None if they hold nothing yet."""
+    if chunk.is_fresh:
+        return None
     if chunk.takes_all:
         return layer
     index = torch.tensor(chunk.rows, device=_some_tensor(layer).device)
@@ -265,7 +290,7 @@ def _some_tensor(layer: H3State | Tensor) -> Tensor:
 
 
 def _attend_chunk(
-    mixer: CachedSelfAttention, u: Tensor, cache: KeyValues, chunk: Chunk, position_ids: Tensor
+    mixer: CachedSelfAttention, u: Tensor, cache: KeyValues, chunk: Chunk, position_ids: Tensor | None
 ) -> Tensor:
     """Attend within a chunk and to what its rows hold already, whose keys and values it joins."""
     is_level = not chunk.is_packed and chunk.takes_all and min(chunk.starts) == max(chunk.starts)

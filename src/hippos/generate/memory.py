@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hippos.errors import OutOfMemoryError
+from hippos.generate.fused_read import FusedRead
 from hippos.generate.h3_decoder import TOKENS_AT_ONCE
 from hippos.generate.state import n_bytes_of_row
 
@@ -63,9 +64,11 @@ def largest_batch(model: Any, *, context: int, free: int | None = None, chunk_le
 
 
 def _bytes_per_token(model: Any) -> int:
-    """Of the activations while a prompt is read: the MLP's, and the mixers' in float32."""
+    """Of the activations while a prompt is read: the MLP's, and the mixers' (in float32 where they are not fused)."""
     config = model.config
     width: int = model.model.norm.weight.dtype.itemsize
+    if FusedRead.fits(model):
+        return int(config.intermediate_size + 6 * config.hidden_size) * width
     return 2 * config.intermediate_size * width + 12 * config.hidden_size * max(width, 4)
 
 

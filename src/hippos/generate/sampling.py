@@ -139,11 +139,14 @@ class Sampler:
         Returns:
             Ids below ``n_tokens``, shape (B,), int64; `NOT_FINITE` where the logits of a row are not finite.
         """
-        scores = logits[:, : self.n_tokens].float()
-        largest, tokens = scores.max(dim=-1)  # NaN is greater than any number
+        logits = logits[:, : self.n_tokens]
+        largest, tokens = logits.max(dim=-1)  # NaN is greater than any number
         is_finite = largest.isfinite()
-        if seen is not None and self.sampling.repetition_penalty != 1:
-            penalty = self.sampling.repetition_penalty
+        penalty = self.sampling.repetition_penalty
+        if self.is_greedy and (seen is None or penalty == 1):
+            return tokens.where(is_finite, NOT_FINITE)
+        scores = logits.float()
+        if seen is not None and penalty != 1:
             punished = torch.where(scores > 0, scores / penalty, scores * penalty)
             scores = torch.where(seen[:, : self.n_tokens], punished, scores)
             tokens = scores.argmax(dim=-1)

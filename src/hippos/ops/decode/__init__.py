@@ -1,7 +1,7 @@
-"""The pieces of a decode step beside the recurrence, for a few tokens at a time.
+"""The pieces of decoding beside the recurrence and the large matrix products.
 
-Linear maps bound by the reading of their weights, residual sums with their normalisation, attention of one query to a
-static cache.
+For a few tokens at a time: linear maps bound by the reading of their weights, residual sums with their normalisation,
+attention of one query to a static cache. For the many tokens of a prompt: the normalisation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,29 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.decode.reference import add_norm_reference, attention_step_reference, linear_step_reference
+from hippos.ops.decode.reference import (
+    add_norm_reference,
+    attention_step_reference,
+    linear_step_reference,
+    norm_tokens_reference,
+)
 
-__all__ = ["MOST_ROWS", "add_norm", "attention_step", "linear_step", "linear_step_parts", "takes_kernels"]
+__all__ = [
+    "BIAS_COLUMNS",
+    "MOST_ROWS",
+    "add_norm",
+    "attention_step",
+    "linear_step",
+    "linear_step_parts",
+    "norm_tokens",
+    "takes_kernels",
+]
 
 MOST_ROWS = 64
 """Tokens up to which the kernels serve; matrix products of more are better left to cuBLAS."""
+
+BIAS_COLUMNS = 64
+"""Columns that `norm_tokens` adds: one, and zeros up to what matrix products take at once."""
 
 StepImpl = Literal["reference", "triton"]
 StepNorm = tuple[Tensor, Tensor, float]
@@ -140,6 +157,39 @@ def add_norm(
     from hippos.ops.decode.launch import add_norm_launch
 
     return add_norm_launch(x, parts, bias, norm_weight, norm_bias, eps)
+
+
+def norm_tokens(
+    x: Tensor,
+    shift: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    has_ones: bool = False,
+    impl: StepImpl = "triton",
+) -> Tensor:
+    """Normalise many tokens of the residual stream.
+
+    Args:
+        x: The stream, shape (T, D), contiguous.
+        shift: What is added to each token first, shape (D,), float32.
+        norm_weight: Weight of the LayerNorm, shape (D,).
+        norm_bias: Its bias.
+        eps: Its epsilon.
+        has_ones: Whether a column of ones, and zeros, come behind, so that a product with a weight that holds its bias
+            as a column adds it.
+        impl: "triton" or "reference".
+
+    Returns:
+        Shape (T, D), or (T, D + `BIAS_COLUMNS`), dtype of ``x``.
+    """
+    n_columns = BIAS_COLUMNS if has_ones else 0
+    if impl == "reference":
+        return norm_tokens_reference(x, shift, norm_weight, norm_bias, eps, n_columns=n_columns)
+    from hippos.ops.decode.launch import norm_tokens_launch
+
+    return norm_tokens_launch(x, shift, norm_weight, norm_bias, eps, n_columns=n_columns)
 
 
 def attention_step(

@@ -182,6 +182,37 @@ def add_norm_kernel(
 
 
 @triton.jit
+def norm_tokens_kernel(
+    x_ptr,
+    shift_ptr,
+    norm_w_ptr,
+    norm_b_ptr,
+    u_ptr,
+    eps,
+    stride_u,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """U = LayerNorm(x + shift), then a 1 and zeros in the COLUMNS behind; a program for each token."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = offs_d < D
+    x = tl.load(x_ptr + row * D + offs_d, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(shift_ptr + offs_d, mask=mask, other=0.0)
+    norm_w = tl.load(norm_w_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(mask, x - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    u_ptr += row * stride_u
+    tl.store(u_ptr + offs_d, (centred * scale * norm_w + norm_b).to(u_ptr.dtype.element_ty), mask=mask)
+    if COLUMNS > 0:
+        columns = tl.arange(0, COLUMNS)
+        tl.store(u_ptr + D + columns, tl.where(columns == 0, 1.0, 0.0).to(u_ptr.dtype.element_ty))
+
+
+@triton.jit
 def attention_step_kernel(
     q_ptr,
     k_ptr,

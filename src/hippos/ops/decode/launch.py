@@ -13,6 +13,7 @@ from hippos.ops.decode.kernels import (
     add_norm_kernel,
     attention_join_kernel,
     attention_step_kernel,
+    norm_tokens_kernel,
     rows_linear_kernel,
     vector_linear_kernel,
 )
@@ -159,6 +160,28 @@ def add_norm_launch(
         BLOCK_D=triton.next_power_of_2(d_model),
         num_warps=4,
         **_overlap(x),
+    )
+    return u
+
+
+def norm_tokens_launch(
+    x: Tensor, shift: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, *, n_columns: int
+) -> Tensor:
+    """Arguments as in `norm_tokens`; ``n_columns`` more in the result."""
+    n_tokens, d_model = x.shape
+    u = torch.empty(n_tokens, d_model + n_columns, dtype=x.dtype, device=x.device)
+    norm_tokens_kernel[(n_tokens,)](
+        x,
+        shift,
+        norm_weight,
+        norm_bias,
+        u,
+        eps,
+        u.stride(0),
+        D=d_model,
+        COLUMNS=n_columns,
+        BLOCK_D=triton.next_power_of_2(d_model),
+        num_warps=4,
     )
     return u
 

@@ -25,6 +25,15 @@ def add_norm_reference(
     return F.layer_norm(x.float(), x.shape[1:], norm_weight.float(), norm_bias.float(), eps).to(x.dtype)
 
 
+def norm_tokens_reference(
+    x: Tensor, shift: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, *, n_columns: int
+) -> Tensor:
+    """Arguments as in `norm_tokens`; ``n_columns`` more in the result, a 1 and zeros."""
+    u = F.layer_norm(x + shift.to(torch.promote_types(x.dtype, shift.dtype)), x.shape[1:], None, None, eps)
+    u = (u * norm_weight + norm_bias).to(x.dtype)
+    return torch.cat((u, u.new_ones(len(u), 1), u.new_zeros(len(u), n_columns - 1)), dim=1) if n_columns else u
+
+
 def attention_step_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Arguments as in `attention_step`."""
     row = torch.arange(len(q), device=q.device)

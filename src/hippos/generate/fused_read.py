@@ -1,0 +1,115 @@
+"""Reading prompts on a GPU near the speed of the matrix products: what lies between them is fused into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hippos.layers import H3, MLP
+from hippos.layers.projections import can_project_jointly, is_plain_linear
+from hippos.ops import H3State, h3_mix
+from hippos.ops.decode import BIAS_COLUMNS, StepImpl, norm_tokens
+
+
+class FusedRead:
+    """The residual stream of tokens that are read, and the layers that add to it.
+
+    Outputs of layers are added by the products that make them. Their biases are not: the stream lacks the sum of all
+    biases so far, which the norms add. The biases of q, k and v, whose products have channels first, are columns of the
+    weights, multiplied by a column of ones beside the normalised tokens.
+
+    Args:
+        x: Embedded tokens, shape (b, L, D), contiguous; changed in place.
+        impl: "triton" or "reference".
+    """
+
+    def __init__(self, x: Tensor, *, impl: StepImpl = "triton") -> None:
+        self._shape = x.shape
+        self._rows = x.view(-1, x.shape[-1])
+        self._biases = x.new_zeros(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+        self._impl: StepImpl = impl
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Tell whether a model's prompts can be read so: half precision on CUDA, plain weights."""
+        weight = model.model.norm.weight
+        if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+            return False
+        return all(takes_mlp(block.mlp) for block in model.model.layers)
+
+    def normalised(self, norm: nn.LayerNorm) -> Tensor:
+        """The tokens as a layer sees them, shape (b, L, D)."""
+        return self._norm(norm, has_ones=False).view(self._shape)
+
+    def add(self, y: Tensor) -> None:
+        """Add a layer's output, shape (b, L, D)."""
+        self._rows.add_(y.reshape(self._rows.shape))
+
+    def add_mixed(self, mixer: H3, norm: nn.LayerNorm, *, state: H3State | None, cu_seqlens: Tensor | None) -> H3State:
+        """Add what an H3 layer for which `takes_mixer` holds makes of the tokens.
+
+        Args:
+            mixer: The layer.
+            norm: The norm before it.
+            state: Its state before these tokens; None for a fresh start.
+            cu_seqlens: As in `H3.forward`.
+
+        Returns:
+            Its state after them.
+        """
+        batch, seqlen, d_model = self._shape
+        qkv = _weight_with_bias(mixer) @ self._norm(norm, has_ones=True).t()
+        q, k, v = qkv.view(3, d_model, batch, seqlen).transpose(1, 2)  # (B, D, L)
+        operators = (*mixer.shift.operators(), *mixer.diag.operators())  # type: ignore[union-attr]
+        o, after = h3_mix(q, k, v, *operators, initial_state=state, return_state=True, cu_seqlens=cu_seqlens)
+        self._add_product(o.transpose(0, 1).flatten(1).t(), mixer.out_proj)
+        return after
+
+    def add_mapped(self, mlp: MLP, norm: nn.LayerNorm) -> None:
+        """Add what an MLP for which `takes_mlp` holds makes of the tokens."""
+        u = self._norm(norm, has_ones=False)
+        if self._impl == "triton":
+            inner = torch._addmm_activation(mlp.fc1.bias, u, mlp.fc1.weight.t(), use_gelu=True)
+        else:
+            inner = F.gelu(F.linear(u, mlp.fc1.weight, mlp.fc1.bias), approximate="tanh")
+        self._add_product(inner, mlp.fc2)
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """Some tokens of the stream, by their numbers, shape (n, D)."""
+        return (self._rows.index_select(0, rows) + self._biases).to(self._rows.dtype)
+
+    def _norm(self, norm: nn.LayerNorm, *, has_ones: bool) -> Tensor:
+        return norm_tokens(
+            self._rows, self._biases, norm.weight, norm.bias, norm.eps, has_ones=has_ones, impl=self._impl
+        )
+
+    def _add_product(self, inputs: Tensor, linear: nn.Linear) -> None:
+        self._rows.addmm_(inputs, linear.weight.t())
+        if linear.bias is not None:
+            self._biases = self._biases + linear.bias
+
+
+def takes_mixer(mixer: nn.Module) -> bool:
+    """Tell whether `FusedRead.add_mixed` takes a layer."""
+    if not isinstance(mixer, H3) or mixer.head_dim > 1 or mixer.shift is None or not is_plain_linear(mixer.out_proj):
+        return False
+    return can_project_jointly((mixer.q_proj, mixer.k_proj, mixer.v_proj)) and mixer.k_proj.bias is not None
+
+
+def takes_mlp(mlp: MLP) -> bool:
+    """Tell whether `FusedRead.add_mapped` takes an MLP."""
+    return is_plain_linear(mlp.fc1) and mlp.fc1.bias is not None and is_plain_linear(mlp.fc2)
+
+
+def _weight_with_bias(mixer: Any) -> Tensor:
+    """The weights of q, k and v below each other, their biases as a further column, then zeros."""
+    linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    n_rows, n_inputs = linears[0].weight.shape
+    joint: Tensor = linears[0].weight.new_zeros(3, n_rows, n_inputs + BIAS_COLUMNS)
+    for place, linear in zip(joint, linears, strict=True):
+        place[:, :n_inputs] = linear.weight
+        place[:, n_inputs] = linear.bias
+    return joint.flatten(0, 1)
