@@ -266,7 +266,7 @@ class TestGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize(
         ("batch", "seqlen"),
-        [(1, 1), (3, 64), (8, 65), (8, 512), (8, 1000), (3, 2048), (2, 4096), (5, 4097), (1, 100_003)],
+        [(1, 1), (3, 2), (3, 63), (3, 64), (8, 65), (8, 512), (8, 1000), (3, 2048), (2, 4096), (5, 4097), (1, 100_003)],
     )
     def test_outputs_and_gradients(self, batch, seqlen, dtype):
         inputs = make_inputs(batch, 3, seqlen, seqlen, dtype, "cuda")

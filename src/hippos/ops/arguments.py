@@ -1,7 +1,8 @@
-"""Checks of arguments that several operators share: dtypes, shapes, devices, packed documents, `impl`."""
+"""Checks of arguments that several operators share: dtypes, shapes, devices, values, packed documents, `impl`."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.tracing import constant_in_traces
+from hippos.ops.tracing import constant_in_traces, has_values
 
 Impl = Literal["auto", "reference", "torch", "triton"]
 
@@ -71,13 +72,59 @@ def check_signal(name: str, signal: Tensor) -> None:
 
 
 def check_modes(log_a: Tensor, b: Tensor, c: Tensor, *, n_heads: int | None = None, like: Tensor | None = None) -> None:
-    """Raise unless the SSM parameters are (H, M, 2) pairs, float32 or float64, of equal shape and on one device."""
+    """Raise unless the SSM parameters are (H, M, 2) pairs, float32 or float64, of equal shape and on one device.
+
+    Where `check_finite` sees values they must be finite, but for the real part of ``log_a``, -inf where Abar is 0.
+    """
     axes = "H, M, 2"
     check_tensor("log_a", log_a, axes, (n_heads, None, 2), like=like, dtypes=PARAMETER_DTYPES)
     if log_a.shape[0] < 1 or log_a.shape[1] < 1:
         raise ValueError(f"log_a needs at least one channel and one mode, got shape {tuple(log_a.shape)}")
     check_tensor("b", b, axes, tuple(log_a.shape), like=log_a, dtypes=PARAMETER_DTYPES)
     check_tensor("c", c, axes, tuple(log_a.shape), like=log_a, dtypes=PARAMETER_DTYPES)
+    check_finite(b=b, c=c)
+    if _can_be_read(log_a) and not _has_finite_sum(log_a):
+        is_wrong = ~torch.isfinite(log_a.detach())
+        is_wrong[..., 0] &= log_a.detach()[..., 0] != -torch.inf
+        _refuse("log_a", log_a, is_wrong, "finite, but for a real part of -inf")
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Raise if one of the tensors holds NaN or infinity, as far as that is seen without waiting for a device.
+
+    Values on a CPU are looked at, those on other devices under HIPPOS_DEBUG=1 alone; those of traced programs and
+    stacked calls (`torch.vmap`) never.
+
+    Args:
+        tensors: The arguments by their names; None for those left out.
+
+    Raises:
+        ValueError: Naming the argument, the first value that is not finite, and its place.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and _can_be_read(tensor) and not _has_finite_sum(tensor):
+            _refuse(name, tensor, ~torch.isfinite(tensor.detach()), "finite")
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    if not has_values(tensor):
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return is_debugging() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    """Whether all values are finite, told by one pass; False if they are not, or large enough to overflow."""
+    return math.isfinite(tensor.detach().sum().item())
+
+
+def _refuse(name: str, tensor: Tensor, is_wrong: Tensor, wanted: str) -> None:
+    """Raise with the first entry that is wrong, if one is."""
+    places = is_wrong.nonzero()
+    if len(places):
+        place = tuple(places[0].tolist())
+        raise ValueError(f"{name} must be {wanted}, got {tensor[place].item()} at {place}")
 
 
 def check_impl(name: str, impl: str, *, has_triton: bool = False) -> None:

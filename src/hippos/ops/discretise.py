@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.arguments import PARAMETER_DTYPES, check_finite, check_tensor
 from hippos.ops.pairs import Pair, add, join_pairs, multiply, multiply_conj, scale, split_pairs
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.tracing import is_exporting
@@ -49,6 +49,7 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, *, method: Discretisation = "bi
     check_tensor("A", A, "H, M, 2", (None, None, 2), dtypes=PARAMETER_DTYPES)
     check_tensor("B", B, "H, M, 2", tuple(A.shape), like=A, dtypes=PARAMETER_DTYPES)
     check_tensor("dt", dt, "H", (A.shape[0],), like=A, dtypes=PARAMETER_DTYPES)
+    check_finite(B=B, dt=dt)  # -inf in A is a mode that forgets at once, and NaN is found in log_a by whoever takes it
     if method not in ("bilinear", "zoh"):
         raise ValueError(f"method must be 'bilinear' or 'zoh', got {method!r}")
     convert = _convert if is_exporting() else discretise_op

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.arguments import Impl, check_impl, check_signal, check_tensor
+from hippos.ops.arguments import Impl, check_finite, check_impl, check_signal, check_tensor
 from hippos.ops.fft_conv.autograd import fft_conv_triton, why_not_triton
 from hippos.ops.fft_conv.reference import fft_conv_reference
 from hippos.ops.fft_conv.spectral import fft_conv_torch
@@ -45,7 +45,8 @@ def fft_conv(
 
     Raises:
         TypeError: If a tensor is not of a floating dtype.
-        ValueError: If shapes or devices disagree, L is 0, the filter is empty or longer than L, or ``impl`` is unknown.
+        ValueError: If shapes or devices disagree, L is 0, the filter is empty or longer than L, ``impl`` is unknown, or
+            the filter or ``d`` is not finite (seen on a CPU; on a GPU under HIPPOS_DEBUG=1).
         UnsupportedError: If ``impl="triton"`` and the tensors are not on an NVIDIA GPU of compute capability 8.0 or
             more, signals are float64, or L (circular: L + K - 1) is above 2**20 (2**19 in float32 and where a program
             may not use 227 KB of shared memory).
@@ -64,6 +65,7 @@ def fft_conv(
     for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
         if gate is not None:
             check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
+    check_finite(ssm_filter=ssm_filter, d=d)
     if _takes_triton(u, ssm_filter, (in_gate, out_gate), causal, impl):
         return fft_conv_triton(u, ssm_filter, d, in_gate, out_gate, causal)
     implementation = fft_conv_reference if impl == "reference" else fft_conv_torch

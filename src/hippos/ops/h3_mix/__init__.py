@@ -9,6 +9,7 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import (
     Impl,
+    check_finite,
     check_impl,
     check_modes,
     check_offsets,
@@ -209,3 +210,4 @@ def check_mix_parameters(
     check_tensor("shift_d", shift_d, "D", (d_model,), like=like)
     check_modes(log_a, b, c, n_heads=d_model // head_dim, like=like)
     check_tensor("d", d, "H", (d_model // head_dim,), like=like)
+    check_finite(shift_filter=shift_filter, shift_d=shift_d, d=d)

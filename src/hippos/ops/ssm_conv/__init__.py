@@ -10,6 +10,7 @@ from hippos.errors import UnsupportedError
 from hippos.ops.arguments import (
     PARAMETER_DTYPES,
     Impl,
+    check_finite,
     check_impl,
     check_modes,
     check_offsets,
@@ -121,8 +122,8 @@ def ssm_conv(
 
     Raises:
         TypeError: If a tensor's dtype is none of those named above (integer, complex, half parameters).
-        ValueError: If shapes or devices disagree, L is 0, ``cu_seqlens`` does not describe the sequence, or ``impl``
-            is unknown.
+        ValueError: If shapes or devices disagree, L is 0, ``cu_seqlens`` does not describe the sequence, ``impl`` is
+            unknown, or a parameter is not finite (seen on a CPU; on a GPU under HIPPOS_DEBUG=1).
         UnsupportedError: If ``impl="triton"`` and the tensors are not on an NVIDIA GPU of compute capability 8.0 or
             more, signals are float64 or longer than 2**30, or there are more than 64 modes (32 in float32).
 
@@ -139,6 +140,7 @@ def ssm_conv(
     for name, gate in (("in_gate", in_gate), ("out_gate", out_gate)):
         if gate is not None:
             check_tensor(name, gate, "B, H, L", tuple(u.shape), like=u)
+    check_finite(d=d)
     check_offsets(cu_seqlens, batch=batch)
     if initial_state is not None:
         axes, n_states = ("B", batch) if cu_seqlens is None else ("n_docs", cu_seqlens.shape[0] - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_impl, check_modes, check_tensor
+from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_finite, check_impl, check_modes, check_tensor
 from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_filter.reference import ssm_filter_reference
 from hippos.ops.ssm_filter.two_level import ssm_filter_torch
@@ -68,6 +68,7 @@ def shift_filter(b: Tensor, c: Tensor) -> Tensor:
     """
     check_tensor("b", b, "D, N", (None, None), dtypes=PARAMETER_DTYPES)
     check_tensor("c", c, "D, N", tuple(b.shape), like=b, dtypes=PARAMETER_DTYPES)
+    check_finite(b=b, c=c)
     d_state = b.shape[1]
     if d_state < 1:
         raise ValueError(f"the shift SSM needs at least one state, got shape {tuple(b.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.arguments import PARAMETER_DTYPES, check_finite, check_tensor
 from hippos.ops.ssm_dense import dense_filter
 
 
@@ -37,6 +37,7 @@ def discretise_dplr(A: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor
     check_tensor("P", P, "R, H, M, 2", (None, *A.shape), like=A, dtypes=PARAMETER_DTYPES)
     check_tensor("B", B, "H, M, 2", tuple(A.shape), like=A, dtypes=PARAMETER_DTYPES)
     check_tensor("dt", dt, "H", (A.shape[0],), like=A, dtypes=PARAMETER_DTYPES)
+    check_finite(A=A, P=P, B=B, dt=dt)
     # With S = dt / 2 (diag(A) - 2 p p^T): a = (1 - S)^-1 (1 + S) = 2 (1 - S)^-1 - 1 and b = dt (1 - S)^-1 B. The
     # inverse is that of the 2 x 2 blocks, corrected for one p after another: a solver goes into no CUDA graph.
     inverse = _invert_blocks(A, dt)
@@ -91,5 +92,6 @@ def dplr_filter(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, filter_l
         Gu et al. 2022 (S4, arXiv:2111.00396), section 3.
     """
     check_tensor("C", C, "H, M, 2", tuple(A.shape), like=A, dtypes=PARAMETER_DTYPES)
+    check_finite(C=C)
     a, b = discretise_dplr(A, P, B, dt)
     return dense_filter(a, b, read_out_pairs(C), filter_len)
