@@ -48,14 +48,18 @@ def run(inputs: Inputs, head_dim, impl, *, dtype=None, bounds=None):
 
 @interpreter
 class TestInterpreted:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(
         ("batch", "head_dim", "seqlen"), [(1, 2, 1), (5, 2, 37), (1, 3, 32), (1, 8, 20), (1, 2, 275)]
     )
-    def test_outputs_and_gradients(self, batch, head_dim, seqlen, dtype):
-        inputs = make_inputs(batch, 1, head_dim, seqlen, 8, 4, dtype)
+    def test_outputs_and_gradients(self, batch, head_dim, seqlen):
+        inputs = make_inputs(batch, 1, head_dim, seqlen, 8, 4, torch.float32)
         wanted = run(inputs, head_dim, "reference", dtype=torch.float64)
-        assert_accurate(run(inputs, head_dim, "triton"), wanted, dtype)
+        assert_accurate(run(inputs, head_dim, "triton"), wanted, torch.float32)
+
+    def test_half_precision(self):
+        inputs = make_inputs(2, 2, 2, 70, 8, 4, torch.float16)
+        wanted = run(inputs, 2, "reference", dtype=torch.float64)
+        assert_accurate(run(inputs, 2, "triton"), wanted, torch.float16)
 
     def test_without_a_state(self):
         inputs = make_inputs(2, 1, 4, 40, 8, 3, torch.float32, has_state=False)
