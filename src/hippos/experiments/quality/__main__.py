@@ -14,7 +14,7 @@ import torch
 from hippos.bench.harness.machine import describe_machine
 from hippos.errors import HipposError
 from hippos.experiments.quality.results import Run, find_runs, write_results
-from hippos.experiments.quality.study import ORDER, Study, compare, runs_of, small_study
+from hippos.experiments.quality.study import ORDER, Study, runs_of, small_study
 from hippos.experiments.quality.table import print_table, write_curves
 from hippos.experiments.quality.workers import Event, run_side_by_side, visible_gpus
 from hippos.train.recipes import MIXERS
@@ -40,11 +40,7 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     failure = ""
     try:
-        if given.collect:
-            pass
-        elif jobs == 1:
-            compare(study, given.out)
-        else:
+        if not given.collect:
             with _progress(study, given.out) as report:
                 run_side_by_side(study, given.out, jobs, report)
     except HipposError as error:
