@@ -73,6 +73,20 @@ H3_MIX = Case(
     plan=Plan(warmup=3, rounds=15),
 )
 
+H3_MIX_FORMS = Case(
+    name="h3_mix_forms",
+    title="The mixing of packed documents, and of heads of several channels",
+    sizes=(
+        MixSize(1, 65536, doc_len=4096),
+        MixSize(1, 65536, doc_len=1000),
+        *(MixSize(32, 2048, head_dim=head_dim) for head_dim in (2, 8)),
+    ),
+    quick_sizes=(MixSize(1, 1000, d_model=64, doc_len=300), MixSize(2, 200, d_model=64, head_dim=4)),
+    prepare=partial(prepare_h3_mix, goals_ms={}, copy_ms=COPY_MS),
+    labels=("seqlen", "doc_len", "head_dim"),
+    plan=Plan(warmup=2, rounds=7),
+)
+
 H3_LAYER = Case(
     name="h3_layer",
     title="The H3 layer with its projections beside attention",
@@ -126,6 +140,16 @@ SSM_FILTER = Case(
 SUITE = Suite(
     name="kernels",
     title="Speed of the GPU kernels",
-    cases=(SSM_CONV_KERNEL, SSM_CONV_SMALL, SSM_CONV_GROWTH, H3_MIX, H3_LAYER, H3_STEP, FFT_CONV, SSM_FILTER),
+    cases=(
+        SSM_CONV_KERNEL,
+        SSM_CONV_SMALL,
+        SSM_CONV_GROWTH,
+        H3_MIX,
+        H3_MIX_FORMS,
+        H3_LAYER,
+        H3_STEP,
+        FFT_CONV,
+        SSM_FILTER,
+    ),
     device="cuda",
 )

@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["h3_mix", "h3_layer", "h3_step"])
+@pytest.mark.parametrize("name", ["h3_mix", "h3_mix_forms", "h3_layer", "h3_step"])
 def test_the_quick_sizes_run(name):
     result = run_suite(load_suite("kernels"), is_quick=True, only=(name,))
     (case,) = result.cases

@@ -24,7 +24,10 @@ HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class MixSize:
-    """One mixing: batch B, length L, width D, state size N (N taps, N / 2 modes)."""
+    """One mixing: batch B, length L, width D, state size N (N taps, N / 2 modes), head width P.
+
+    With ``doc_len`` (and batch 1) the sequence holds packed documents of that length.
+    """
 
     batch: int
     seqlen: int
@@ -32,6 +35,8 @@ class MixSize:
     d_state: int = 64
     dtype: str = "bfloat16"
     longest_attention: int = 32768
+    head_dim: int = 1
+    doc_len: int | None = None
 
 
 def prepare_h3_mix(size: MixSize, context: Context, *, goals_ms: Mapping[int, float], copy_ms: float) -> Workload:
@@ -47,7 +52,8 @@ def prepare_h3_mix(size: MixSize, context: Context, *, goals_ms: Mapping[int, fl
         The workload.
     """
     inputs, dout = _make_inputs(size, context)
-    by_kernels, by_torch = partial(h3_mix, impl="triton"), partial(h3_mix, impl="torch")
+    options = {"head_dim": size.head_dim, "cu_seqlens": _offsets(size, context)}
+    by_kernels, by_torch = partial(h3_mix, **options, impl="triton"), partial(h3_mix, **options, impl="torch")
     methods: dict[str, Method] = {
         COPY: replayed({FORWARD: copy_of_two(dout)}),
         OURS: replayed(_passes(by_kernels, inputs, dout)),
@@ -56,7 +62,7 @@ def prepare_h3_mix(size: MixSize, context: Context, *, goals_ms: Mapping[int, fl
     }
     return Workload(
         methods=methods,
-        check=lambda: {OURS: _error(by_kernels, inputs, dout), TORCH: _error(by_torch, inputs, dout)},
+        check=lambda: {name: _error(by, size, inputs, dout) for name, by in ((OURS, by_kernels), (TORCH, by_torch))},
         max_error=2e-2,
         baseline=COPY,
         work_per_call=dict.fromkeys((FORWARD, BOTH), size.batch * size.seqlen),
@@ -129,8 +135,16 @@ def _make_inputs(size: MixSize, context: Context) -> tuple[tuple[Tensor, ...], T
     q, k, v, dout = (signal.transpose(0, 1) for signal in signals)
     taps = torch.randn(size.d_model, size.d_state, generator=generator, device=device) / size.d_state**0.5
     skip = torch.randn(size.d_model, generator=generator, device=device)
-    parameters = draw_ssm(size.d_model, size.d_state // 2, context)
+    parameters = draw_ssm(size.d_model // size.head_dim, size.d_state // 2, context)
     return tuple(x.requires_grad_() for x in (q, k, v, taps, skip, *parameters)), dout
+
+
+def _offsets(size: MixSize, context: Context) -> Tensor | None:
+    """Where documents begin and end, or None where none are packed."""
+    if size.doc_len is None:
+        return None
+    bounds = [*range(0, size.seqlen, size.doc_len), size.seqlen]
+    return torch.tensor(bounds, dtype=torch.int32, device=context.device)
 
 
 def _passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> dict[str, Work]:
@@ -156,17 +170,23 @@ def _project(projections: nn.ModuleList, u: Tensor) -> Tensor:
     return out(q(u) * k(u) * v(u))
 
 
-def _error(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> float:
-    """The largest relative L2 error of the output and all gradients, on a few channels, against float64."""
+def _error(function: Callable[..., Tensor], size: MixSize, inputs: tuple[Tensor, ...], dout: Tensor) -> float:
+    """The largest relative L2 error of the output and all gradients, on a few heads, against float64."""
     y = function(*inputs)
     found = [y.detach(), *torch.autograd.grad(y, inputs, dout)]
-    d_model = dout.shape[1]
-    channels = torch.linspace(0, d_model - 1, min(CHECKED_CHANNELS, d_model), device=dout.device).long()
-    few = [x[:, channels] if x.ndim == 3 and x.shape[1] == d_model else x[channels] for x in inputs]
-    exact = [x.detach().double().requires_grad_() for x in few]
-    wanted_y = h3_mix(*exact, impl="torch")
+    n_heads = dout.shape[1] // size.head_dim
+    heads = torch.linspace(0, n_heads - 1, min(CHECKED_CHANNELS, n_heads), device=dout.device).long()
+    channels = (heads.unsqueeze(-1) * size.head_dim + torch.arange(size.head_dim, device=dout.device)).flatten()
+
+    def few(x: Tensor, of_channels: bool) -> Tensor:
+        return x[:, channels] if x.shape == dout.shape else x[channels] if of_channels else x[heads]
+
+    of_channels = [True] * 5 + [False] * 4  # signals and the shift SSM; the diagonal SSM has one set for a head
+    exact = [few(x, is_one).detach().double().requires_grad_() for x, is_one in zip(inputs, of_channels, strict=True)]
+    keywords = {name: option for name, option in getattr(function, "keywords", {}).items() if name != "impl"}
+    wanted_y = h3_mix(*exact, **keywords, impl="torch")
     wanted = [wanted_y.detach(), *torch.autograd.grad(wanted_y, exact, dout[:, channels].double())]
-    found = [x[:, channels] if x.ndim == 3 and x.shape[1] == d_model else x[channels] for x in found]
+    found = [few(x, is_one) for x, is_one in zip(found, [True, *of_channels], strict=True)]
     return max(float((got - want).norm() / want.norm()) for got, want in zip(found, wanted, strict=True))
 
 
