@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hippos.bench.cases.engine import ENGINE, STEP, WHOLE, engine_error, prepare_engine, prepare_room, prepare_step
+from hippos.bench.cases.engine import ENGINE, WHOLE, prepare_engine
+from hippos.bench.cases.engine_models import checked_error, engine_error, forget_models, language_model
+from hippos.bench.cases.engine_steps import STEP, prepare_room, prepare_step
 from hippos.bench.generation import BATCHES, PROMPTS, QUICK, ROOM, STEPS
 from hippos.bench.harness import Clock, Context
 
@@ -57,3 +59,27 @@ def test_a_wrong_engine_is_noticed(monkeypatch):
     advance = H3Decoder.advance
     monkeypatch.setattr(H3Decoder, "advance", lambda self, tokens: advance(self, tokens * 0))
     assert engine_error(model, CPU, prompt_len=16) > 1e-2
+
+
+def test_models_are_built_and_checked_once():
+    fields = BATCHES.quick_sizes[0].h3
+    forget_models()
+    first = language_model("h3", fields, "float32", CPU)
+    assert language_model("h3", dict(fields), "float32", CPU) is first
+    assert checked_error(fields, "float32", CPU, prompt_len=8) < 1e-4
+    forget_models()
+    assert language_model("h3", fields, "float32", CPU) is not first
+
+
+def test_a_rival_without_memory_is_left_out(monkeypatch, clock):
+    from transformers import GPT2LMHeadModel
+
+    def refuse(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", refuse)
+    size = replace(PROMPTS.quick_sizes[0], dtype="float32", at_least=dict.fromkeys(QUICK["methods"][1:], 2.0))
+    workload = prepare_engine(size, CPU)
+    assert list(workload.methods) == [ENGINE]
+    assert workload.goals == ()
+    assert workload.notes[QUICK["methods"][1]] == "runs out of memory"

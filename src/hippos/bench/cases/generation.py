@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from hippos.bench.cases.engine import engine_error
+from hippos.bench.cases.engine_models import engine_error
 from hippos.bench.cases.language_models import BUILDERS, MAX_ERRORS, decode_error, random_prompt
 from hippos.bench.harness import CaseResult, Clock, Context, Goal, Method, Workload
 from hippos.bench.harness.clock import Mark
