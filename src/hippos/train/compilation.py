@@ -20,6 +20,8 @@ def compile_blocks(model: PreTrainedModel, **options: Any) -> None:
         model: A model whose ``_no_split_modules`` are its blocks.
         **options: For torch.compile.
     """
+    # A block holds about as many gradients as DDP reduces at once, so its graph need not be cut for that.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.modules():
         if type(block).__name__ in (model._no_split_modules or ()):
             # Every batch of a run has the same shape; a graph for any shape would be slower.

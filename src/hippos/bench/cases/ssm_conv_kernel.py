@@ -208,15 +208,14 @@ def _gated_fft(
 def _from_operators(inputs: tuple[Tensor, ...], dout: Tensor) -> dict[str, Work]:
     """Both passes from chunk operators that exist already, without gradients of what they were made from."""
     from hippos.ops.ssm_conv.chunked import Inputs
-    from hippos.ops.ssm_conv.launch import ssm_conv_bwd, ssm_conv_fwd
+    from hippos.ops.ssm_conv.launch import forward_plan, ssm_conv_bwd, ssm_conv_fwd
     from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
-    from hippos.ops.ssm_conv.schedule import backward_schedule, forward_schedule
+    from hippos.ops.ssm_conv.schedule import backward_schedule
 
     u, log_a, b, c, d, in_gate, out_gate = (x.detach() for x in inputs)
-    of_dtype = (u.dtype, log_a.shape[1], u.device)
-    operators = make_chunk_operators(log_a, b, c, d, forward_schedule(*of_dtype))
-    adjoint = make_chunk_operators(log_a, b, c, d, backward_schedule(*of_dtype))
     signals = Inputs(u, log_a, b, c, d, in_gate, out_gate, None)
+    operators = make_chunk_operators(log_a, b, c, d, forward_plan(signals)[0])
+    adjoint = make_chunk_operators(log_a, b, c, d, backward_schedule(u.dtype, log_a.shape[1], u.device))
     forward = partial(ssm_conv_fwd, signals, wants_state=False, operators=operators)
 
     def both() -> None:

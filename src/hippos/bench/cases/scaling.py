@@ -1,0 +1,174 @@
+"""A training step on several GPUs beside the same step on one: processes of their own, started for each size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hippos.bench.harness import Clock, Context, Finding, Goal, Method, Workload
+from hippos.bench.harness.case import Samples
+from hippos.errors import BenchmarkError, UnsupportedError
+
+STEP = "step"
+ALONE, TOGETHER = "1 process", "all processes"
+SECONDS_AT_MOST = 300.0
+
+
+@dataclass(frozen=True)
+class ScalingSize:
+    """A step that is run by one process, and then by several together.
+
+    Args:
+        parallel: "ddp" and "fsdp": every process has its own sequences. "context": all share one.
+        fields: Of the H3 model's configuration, "preset" among them.
+        seqlen: Tokens of a sequence; with "context", of a process's part.
+        batch: Sequences a process.
+        n_processes: How many work together.
+        bound: For "ddp" and "fsdp" the least gain in tokens a second; for "context" the largest growth of the time, as
+            the sequence grows by a part for each process.
+        is_compiled: Whether the blocks go through torch.compile.
+        checkpoints_activations: Whether activations are computed again in the backward pass.
+        steps: Steps a sample, timed together.
+    """
+
+    parallel: Literal["ddp", "fsdp", "context"]
+    fields: Mapping[str, Any] = field(hash=False)
+    seqlen: int
+    batch: int
+    bound: float
+    n_processes: int = 2
+    is_compiled: bool = True
+    checkpoints_activations: bool = False
+    steps: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a process and step."""
+        return self.seqlen * self.batch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the processes found.
+
+    Args:
+        seconds: Seconds a step, of one process and of all together.
+        losses: The loss of the same sequences, by one process and by all.
+        peak_bytes: The most memory that a process's tensors held.
+    """
+
+    seconds: Mapping[str, list[float]]
+    losses: Mapping[str, float]
+    peak_bytes: Mapping[str, int]
+
+
+def prepare_scaling(size: ScalingSize, context: Context, *, rounds: int = 8) -> Workload:
+    """Let the processes measure everything; the workload's methods then hand the samples out.
+
+    Args:
+        size: What to run.
+        context: Where.
+        rounds: Samples.
+
+    Returns:
+        The workload.
+
+    Raises:
+        UnsupportedError: If there are fewer GPUs than processes.
+        BenchmarkError: If the processes fail.
+    """
+    if context.device.type == "cuda" and torch.cuda.device_count() < size.n_processes:
+        raise UnsupportedError(
+            f"this case needs {size.n_processes} GPUs, and this machine has {torch.cuda.device_count()}"
+        )
+    found = run_processes(size, context.device.type, rounds)
+    # Throughput is compared over the tokens of all processes; a shared sequence grows with their number.
+    times = {ALONE: size.n_processes if size.parallel != "context" else 1, TOGETHER: 1}
+    methods = {name: _replay([seconds * times[name] for seconds in found.seconds[name]]) for name in times}
+    return Workload(
+        methods=methods,
+        check=lambda: {TOGETHER: abs(found.losses[TOGETHER] / found.losses[ALONE] - 1)},
+        max_error=2e-2,
+        baseline=ALONE,
+        work_per_call={STEP: size.tokens * size.n_processes} if size.parallel != "context" else {},
+        goals=(_goal(size),),
+        findings=lambda samples: _findings(size, found, samples),
+        notes={
+            "settings": "bfloat16 products, float32 weights, fused AdamW, no dropout, random tokens and weights",
+            "times": _what_times_mean(size),
+            "error": "of the loss of the same sequences, together against alone",
+        },
+    )
+
+
+def _what_times_mean(size: ScalingSize) -> str:
+    n, tokens = size.n_processes, size.tokens
+    if size.parallel == "context":
+        return f"{ALONE}: a sequence of {tokens:,} tokens; {TOGETHER}: one of {n * tokens:,}"
+    return f"for {n * tokens:,} tokens, {n} steps of one process, on its own GPU while the others' run the same"
+
+
+def run_processes(size: ScalingSize, device_type: str, rounds: int) -> Measured:
+    """Run `hippos.bench.cases.scaling_worker` under torchrun.
+
+    Raises:
+        BenchmarkError: If it fails or takes too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        wanted = json.dumps({**asdict(size), "device": device_type, "rounds": rounds})
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(size.n_processes)),
+            *("-m", "hippos.bench.cases.scaling_worker", wanted, str(out)),
+        ]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=SECONDS_AT_MOST, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BenchmarkError(f"{size.n_processes} processes took more than {SECONDS_AT_MOST:g} s") from error
+        if done.returncode != 0 or not out.is_file():
+            last = "\n".join(done.stderr.strip().splitlines()[-40:])
+            raise BenchmarkError(f"{size.n_processes} processes failed (exit code {done.returncode}):\n{last}")
+        return Measured(**json.loads(out.read_text()))
+
+
+def _replay(seconds: list[float]) -> Method:
+    """A method that gives one sample after the other, again from the first where there are no more."""
+    calls = 0
+
+    def sample(clock: Clock) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        return {STEP: seconds[(calls - 1) % len(seconds)]}
+
+    return sample
+
+
+def _goal(size: ScalingSize) -> Goal:
+    if size.parallel == "context":
+        text = (
+            f"a sequence of {size.n_processes} parts on {size.n_processes} GPUs takes at most {size.bound:g}x as long"
+        )
+        return Goal(f"{text} as one part on one", slow=(TOGETHER, STEP), fast=(ALONE, STEP), at_most=size.bound)
+    text = f"{size.parallel.upper()} on {size.n_processes} GPUs trains {size.bound:g}x the tokens/s of one"
+    return Goal(text, slow=(ALONE, STEP), fast=(TOGETHER, STEP), at_least=size.bound)
+
+
+def _findings(size: ScalingSize, found: Measured, samples: Samples) -> list[Finding]:
+    return [
+        Finding(f"peak memory of a process, {name}", n_bytes / 2**30, "GiB")
+        for name, n_bytes in found.peak_bytes.items()
+        if n_bytes
+    ]

@@ -1,0 +1,150 @@
+"""A process of a scaling case: steps alone, then together with the others; the first writes what it measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hippos.bench.cases.language_models import build_h3
+from hippos.bench.cases.scaling import ALONE, TOGETHER, Measured, ScalingSize
+from hippos.layers import param_groups
+from hippos.models.context import ContextPart, split_context
+from hippos.train.arguments import checkpoint_activations
+from hippos.train.compilation import compile_blocks
+from hippos.train.processes import Processes, leave_processes
+from hippos.train.sharding import shard_model
+
+WARMUP_STEPS = 3
+CHECKED_TOKENS = 4096
+CHUNK_TOKENS = 4096
+
+
+class Training:
+    """A model in training on random tokens.
+
+    Args:
+        size: Of the step.
+        device: This process's.
+        processes: Those of the run.
+        is_together: Whether all work together.
+    """
+
+    def __init__(self, size: ScalingSize, device: torch.device, processes: Processes, *, is_together: bool) -> None:
+        self.size, self.device, self.processes = size, device, processes
+        self.is_together = is_together
+        self.part = ContextPart.of(dist.group.WORLD) if is_together and size.parallel == "context" else None
+        torch.manual_seed(0)
+        model: Any = build_h3(size.fields, dtype="float32").to(device).train()
+        if size.checkpoints_activations:
+            checkpoint_activations(model)
+        if size.is_compiled:
+            compile_blocks(model)
+        self.run: Any = model
+        if is_together and size.parallel == "fsdp":
+            shard_model(model, device, dtype=torch.bfloat16)
+        elif is_together:
+            ids = [device.index] if device.type == "cuda" else None
+            self.run = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
+        self.optimiser = torch.optim.AdamW(groups, fused=True)
+        self.ids = self._draw(size.seqlen * (processes.world_size if self.part else 1), size.batch)
+
+    def _draw(self, seqlen: int, batch: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(1)
+        # One beyond the model's tokens would be refused; all models here have more than 32.
+        return torch.randint(32, (batch, seqlen + 1), generator=generator, device=self.device)
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        """Mean nll of this process's tokens, scaled so that the mean over processes is that of all."""
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        arguments: dict[str, Any] = {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+        if self.part is not None:
+            arguments = split_context(inputs, targets, self.part)
+        with self._autocast():
+            loss: Tensor = self.run(**arguments, loss_chunk_tokens=CHUNK_TOKENS, use_cache=False).loss
+        return loss * self.processes.world_size if self.part is not None else loss
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def checked_loss(self) -> float:
+        """The loss of a few tokens, the same for all."""
+        n_tokens = min(CHECKED_TOKENS, self.size.seqlen)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            loss = self._loss(self._draw(n_tokens, 1)).detach()
+        if self.is_together:
+            dist.all_reduce(loss)
+            loss = loss / self.processes.world_size
+        return float(loss)
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        self._loss(self.ids).backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def measure(self, rounds: int) -> list[float]:
+        """Seconds a step, of several rounds, from a common start to this process's end."""
+        for _ in range(WARMUP_STEPS):
+            self.step()
+        seconds = []
+        for _ in range(rounds):
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(self.size.steps):
+                self.step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) / self.size.steps)
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.processes.wait()
+
+
+def main(wanted: str, out: Path) -> None:
+    """Measure and, in the first process, write.
+
+    Args:
+        wanted: The size, the device's type and the number of rounds, as JSON.
+        out: Where the result goes.
+    """
+    fields = json.loads(wanted)
+    device_type, rounds = fields.pop("device"), fields.pop("rounds")
+    size = ScalingSize(**fields)
+    processes = Processes.join()
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    found = Measured({}, {}, {})
+    results: tuple[Any, ...] = (found.seconds, found.losses, found.peak_bytes)
+    for name, is_together in ((ALONE, False), (TOGETHER, True)):
+        if device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        training = Training(size, device, processes, is_together=is_together)
+        loss = training.checked_loss()
+        seconds = training.measure(rounds)
+        peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else 0
+        for result, value in zip(results, (seconds, loss, peak), strict=True):
+            result[name] = value
+        del training
+        gc.collect()
+        if device_type == "cuda":
+            torch.cuda.empty_cache()
+    if processes.is_main:
+        out.write_text(json.dumps({"seconds": results[0], "losses": results[1], "peak_bytes": results[2]}))
+    processes.wait()
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
