@@ -40,7 +40,7 @@ def test_samples_are_handed_out(monkeypatch: pytest.MonkeyPatch, index: int, exp
 
 
 def test_failing_processes_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = ScalingSize("ddp", {"no_such_field": 1}, seqlen=8, batch=1, bound=1.0, n_processes=1, is_compiled=False)
+    size = ScalingSize("ddp", {"preset": "nowhere"}, seqlen=8, batch=1, bound=1.0, n_processes=1, is_compiled=False)
     monkeypatch.setattr(scaling, "SECONDS_AT_MOST", 0.01)
     with pytest.raises(BenchmarkError, match=r"1 processes took more than 0\.01 s"):
         prepare_scaling(size, CPU)
@@ -48,6 +48,6 @@ def test_failing_processes_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_last_words_of_failing_processes_are_told() -> None:
-    size = ScalingSize("ddp", {"no_such_field": 1}, seqlen=8, batch=1, bound=1.0, n_processes=1, is_compiled=False)
+    size = ScalingSize("ddp", {"preset": "nowhere"}, seqlen=8, batch=1, bound=1.0, n_processes=1, is_compiled=False)
     with pytest.raises(BenchmarkError, match=r"1 processes failed \(exit code 1\):"):
         prepare_scaling(size, CPU)
