@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hippos.models import H3Config, H3ForCausalLM
 from hippos.train.flops import PEAK_FLOPS, peak_flops, training_flops_per_token
@@ -24,3 +25,10 @@ def test_peak_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == flops
     assert all(1e13 < flops < 1e16 for flops in PEAK_FLOPS.values())
+
+
+def test_gpt2_is_counted_too() -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2))
+    weights = 3 * (4 * 16 * 16 + 2 * 16 * 64) + 64 * 16
+    assert training_flops_per_token(model, 100) == 6 * weights + 3 * 6 * 100 * 16

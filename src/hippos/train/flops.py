@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 __all__ = ["PEAK_FLOPS", "peak_flops", "training_flops_per_token"]
 
@@ -40,15 +41,16 @@ def training_flops_per_token(model: PreTrainedModel, seqlen: int) -> float:
     it depends on how they are computed.
 
     Args:
-        model: The model.
+        model: The model, one of ours or of Transformers' (whose layers all attend).
         seqlen: Tokens L of a sequence.
     """
     weights = {
         parameter
         for module in model.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
         for name, parameter in module.named_parameters(recurse=False)
         if name == "weight"
     }
-    attention = len(getattr(model.config, "attn_layers", ())) * 6 * seqlen * model.config.hidden_size
+    n_attention = len(getattr(model.config, "attn_layers", range(model.config.num_hidden_layers)))
+    attention = n_attention * 6 * seqlen * model.config.hidden_size
     return 6.0 * sum(weight.numel() for weight in weights) + attention
