@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +153,30 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
     with pytest.raises(TrainingError, match="the run hybrid-0 failed"):
         run_side_by_side(study, out, 1, lambda event: None)
     assert [run.name for run in find_runs(study, out)] == ["transformer-0"]
+
+
+@pytest.mark.slow
+def test_a_study_that_is_asked_to_stop_saves_and_tells_what_it_has(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The hippo walks to the river, and the river runs to the sea.\n" * 400)
+    out = tmp_path / "runs"
+    command = [
+        *(sys.executable, "-m", "hippos.experiments.quality", "--quick", "--jobs", "1", "--out", str(out)),
+        *("--text", str(text), "--validation", str(text), "--tokenizer", "bpe:300", "--seeds", "1"),
+        *("--mixers", "hybrid", "transformer", "--tokens", "1000000"),
+    ]
+    environment = os.environ | {"HIPPOS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        metrics = out / "hybrid-0" / "metrics.jsonl"
+        end = time.monotonic() + 240
+        while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+        process.terminate()
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Not finished: hybrid-0 (step" in printed or (out / "hybrid-0" / "summary.json").exists()
+    assert list((out / "hybrid-0").glob("checkpoint-*"))
+    assert "<polyline" in (out / "quality.html").read_text()
 
 
 def test_every_gpu_is_seen_by_the_name_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Study:
     learning_rate: float = 1e-3
     changes: RunConfig = field(
         default_factory=lambda: RunConfig(
-            eval_steps=275, eval_batch_size=32, save_steps=550, eval_tokens=None, tensorboard=False
+            eval_steps=275, eval_batch_size=32, save_steps=550, keep_checkpoints=1, eval_tokens=None, tensorboard=False
         )
     )
 

@@ -127,6 +127,8 @@ def _work(study: Study, out: Path, n_threads: int, told: Any) -> None:
     """Train one run after the other in a process of its own."""
     torch.set_num_threads(n_threads)
     logging.disable_progress_bar()
+    # Deterministic algorithms would write into every empty tensor, to show who reads one: nobody here does.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     os.setpgrp()  # Ctrl-C on a terminal reaches the parent alone, which hands it on
     with _claim(out / "text.lock", waits=True):
         _encode(study)  # by one process; the others find it in the cache
