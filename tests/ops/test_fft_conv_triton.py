@@ -142,6 +142,16 @@ class TestInterpreted:
             y = call(*inputs, impl="triton")
         assert relative_error(y, call(*(x.double() for x in inputs), impl="torch")) < 1e-6
 
+    def test_groups_take_every_channel_once(self):
+        launch, plan = import_module("hippos.ops.fft_conv.launch_long"), LongPlan(16, 16, 16, 1)
+        transform = 8 * plan.n_fft
+        for n_heads, budget, tensors, least in itertools.product((1, 5, 768), (0, 10**6, 10**9), (2, 18), (1, 4)):
+            cuts = list(launch._groups(n_heads, budget, plan, tensors=tensors, least=least))
+            assert [channel for cut in cuts for channel in range(n_heads)[cut]] == list(range(n_heads))
+            assert len(cuts) >= min(least, n_heads)
+            largest = max(cut.stop - cut.start for cut in cuts)
+            assert largest == 1 or largest * tensors * transform <= min(budget, launch.MOST_SCRATCH_BYTES)
+
     @pytest.mark.slow
     @pytest.mark.usefixtures("short_is_long")
     @pytest.mark.parametrize("absent", [(), (2, 3, 4), (3,), (4,)])
@@ -282,6 +292,10 @@ class TestGpu:
         inputs = make_inputs(3, 2, seqlen, seqlen, dtype, "cuda")
         wanted = run(inputs, "torch", causal=False, dtype=torch.float64)
         assert_accurate(inputs, run(inputs, "triton", causal=False), wanted)
+
+    def test_channels_of_a_group_keep_apart(self):
+        inputs = make_inputs(2, 24, 20_000, 20_000, torch.bfloat16, "cuda")
+        assert_accurate(inputs, run(inputs, "triton"), run(inputs, "torch", dtype=torch.float64))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

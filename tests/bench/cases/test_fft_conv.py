@@ -25,10 +25,11 @@ def test_errors_are_those_of_every_result():
 
 
 def test_goals_are_of_both_passes():
-    gain, *times = fft_conv._goals((0.5, 2.0), 0.125)
+    gain, *times = fft_conv._goals(8192, (0.5, 2.0), 0.125)
     assert (gain.slow, gain.fast) == ((fft_conv.FFT, fft_conv.FORWARD), (fft_conv.OURS, fft_conv.FORWARD))
     assert [(goal.slow[1], goal.at_most) for goal in times] == [(fft_conv.FORWARD, 4.0), (fft_conv.BOTH, 16.0)]
-    assert fft_conv._goals(None, 0.125) == ()
+    assert [goal.text for goal in fft_conv._goals(32768, (0.5, 2.0), 0.125)] == [goal.text for goal in times]
+    assert fft_conv._goals(512, None, 0.125) == ()
 
 
 def test_filters_run_and_agree(monkeypatch):

@@ -68,7 +68,8 @@ def draw_lines(axes: Any, case: CaseResult) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel(axis)
     axes.set_ylabel("ms (median; band: min to max)")
-    axes.figure.legend(loc="outside lower center", ncols=len(methods), fontsize=7, handlelength=4)
+    # More columns than that run over the figure's edges.
+    axes.figure.legend(loc="outside lower center", ncols=min(len(methods), 3), fontsize=7, handlelength=4)
 
 
 def draw_bars(axes: Any, case: CaseResult) -> None:

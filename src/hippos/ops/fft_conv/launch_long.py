@@ -23,18 +23,22 @@ from hippos.ops.fft_conv.launch import Gradients, Inputs
 from hippos.ops.fft_conv.plan import LongPlan, long_plan
 
 MOST_SCRATCH_BYTES = 48 * 2**20  # about the L2 cache of an H100
-SCRATCH_SHARE = 0.1  # of the bytes of the signals and gates
+# Of the forward pass: a share of the bytes of the signals, and some for each channel.
+SCRATCH_SHARE, SCRATCH_BYTES_A_CHANNEL = 0.1, 24 * 2**10
+LEAST_BACKWARD_GROUPS = 4  # so that no transform comes near the size of a signal
 
 
 def fft_conv_long_fwd(inputs: Inputs, causal: bool, *, plan: LongPlan | None = None) -> Tensor:
     """As `fft_conv_fwd`, for lengths up to what `plan.longest` says; circular ones must fill ``plan``."""
     u, ssm_filter, d, in_gate, out_gate = inputs
-    batch, _, seqlen = u.shape
+    batch, n_heads, seqlen = u.shape
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if batch == 0:
         return y
     level = _Level(plan or long_plan(seqlen, u.dtype), causal, u)
-    for cut in _groups(u, level.plan, tensors=batch + 1):
+    signals = sum(x.nbytes for x in (u, y, in_gate, out_gate) if x is not None)
+    budget = int(SCRATCH_SHARE * signals) + SCRATCH_BYTES_A_CHANNEL * n_heads
+    for cut in _groups(n_heads, budget, level.plan, tensors=batch + 1):
         spectrum = level.filter_spectrum(ssm_filter[cut], None if d is None else d[cut])
         z = level.columns(u[:, cut], None if in_gate is None else in_gate[:, cut])
         level.rows(z, spectrum, batch=batch, forward=True, back=True)
@@ -48,12 +52,13 @@ def fft_conv_long_bwd(
 ) -> Gradients:
     """As `fft_conv_bwd`, for lengths up to what `plan.longest` says."""
     u, ssm_filter, d, in_gate, out_gate = inputs
-    batch, _, seqlen = u.shape
+    batch, n_heads, seqlen = u.shape
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     din, dgate = (None if x is None else torch.empty_like(du, dtype=x.dtype) for x in (in_gate, out_gate))
     dfilter = torch.zeros_like(ssm_filter) if wants_filter else none(u)
     level = _Level(plan or long_plan(seqlen, u.dtype, backward=True), causal, u)
-    for cut in _groups(u, level.plan, tensors=2 * batch + 2) if batch else ():
+    groups = _groups(n_heads, MOST_SCRATCH_BYTES, level.plan, tensors=2 * batch + 2, least=LEAST_BACKWARD_GROUPS)
+    for cut in groups if batch else ():
         gate_in, gate_out = (None if x is None else x[:, cut] for x in (in_gate, out_gate))
         spectrum = level.filter_spectrum(ssm_filter[cut], None if d is None else d[cut])
         e = level.columns(dout[:, cut], gate_out)
@@ -70,11 +75,13 @@ def fft_conv_long_bwd(
     return du, dfilter, dd, none(u) if din is None else din, none(u) if dgate is None else dgate
 
 
-def _groups(u: Tensor, plan: LongPlan, *, tensors: int) -> Iterator[slice]:
-    """Groups of channels whose ``tensors`` transforms are small enough."""
-    n_heads = u.shape[1]
-    budget = min(MOST_SCRATCH_BYTES, SCRATCH_SHARE * 4 * u.numel() * u.element_size())
-    count = max(1, int(budget) // (8 * plan.n_fft * tensors))
+def _groups(n_heads: int, budget: int, plan: LongPlan, *, tensors: int, least: int = 1) -> Iterator[slice]:
+    """Cut the channels into groups whose ``tensors`` transforms a channel fit into so many bytes, ``least`` groups.
+
+    Every group is a handful of launches, which cost the host more than a small group costs the GPU.
+    """
+    most = min(budget, MOST_SCRATCH_BYTES) // (8 * plan.n_fft * tensors)
+    count = max(1, min(most, n_heads // least))
     return (slice(start, min(start + count, n_heads)) for start in range(0, n_heads, count))
 
 
