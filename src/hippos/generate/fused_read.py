@@ -63,7 +63,7 @@ class FusedRead:
         batch, seqlen, d_model = self._shape
         qkv = _weight_with_bias(mixer) @ self._norm(norm, has_ones=True).t()
         q, k, v = qkv.view(3, d_model, batch, seqlen).transpose(1, 2)  # (B, D, L)
-        operators = (*mixer.shift.operators(), *mixer.diag.operators())  # type: ignore[union-attr]
+        operators: Any = (*mixer.shift.operators(reuse=True), *mixer.diag.operators(reuse=True))  # type: ignore[union-attr]
         o, after = h3_mix(q, k, v, *operators, initial_state=state, return_state=True, cu_seqlens=cu_seqlens)
         self._add_product(o.transpose(0, 1).flatten(1).t(), mixer.out_proj)
         return after

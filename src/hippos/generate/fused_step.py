@@ -98,7 +98,9 @@ class FusedStep:
         if isinstance(mixer, CachedSelfAttention):
             return _attend(mixer, projected, layer, state.lengths)
         q, k, v = projected.chunk(3, dim=1)
-        return h3_step_prepared(q, k, v, layer, mixer.step_operators(), ring_position=state.ring)  # type: ignore[operator]
+        operators: Any = mixer.step_operators()  # type: ignore[operator]
+        # The product in front writes q, k and v alone.
+        return h3_step_prepared(q, k, v, layer, operators, ring_position=state.ring, may_overlap=True)
 
 
 def _projections(mixer: nn.Module) -> list[nn.Linear]:

@@ -39,6 +39,11 @@ def has_large_shared_memory(device: torch.device) -> bool:
     return device.type != "cuda" or _capability(device)[0] in (9, 10)
 
 
+def can_overlap_launches(device: torch.device) -> bool:
+    """Whether a kernel may be started before the one in front of it has ended: Hopper and newer."""
+    return device.type == "cuda" and torch.version.hip is None and _capability(device) >= (9, 0)
+
+
 @lru_cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -17,6 +17,7 @@ from hippos.ops.decode.kernels import (
     rows_linear_kernel,
     vector_linear_kernel,
 )
+from hippos.ops.kernel_device import can_overlap_launches
 
 MOST_ROWS = 64
 _SPLIT_TOKENS = 128
@@ -66,7 +67,7 @@ def vector_linear(
     y = torch.empty(1, n_outputs, dtype=x.dtype, device=x.device) if add_to is None else add_to
     block_k = triton.next_power_of_2(n_inputs) if norm is not None else min(triton.next_power_of_2(n_inputs), 2048)
     norm_weight, norm_bias, eps = (x, x, 0.0) if norm is None else norm
-    vector_linear_kernel[(n_outputs // 2,)](
+    vector_linear_kernel[(n_outputs // 4,)](
         x,
         weights[0],
         biases[0],
@@ -81,7 +82,7 @@ def vector_linear(
         HAS_NORM=norm is not None,
         HAS_GELU=gelu,
         ADDS=add_to is not None,
-        BLOCK_N=2,
+        BLOCK_N=4,
         BLOCK_K=block_k,
         num_warps=2 if block_k <= 2048 else 4,
         **_overlap(x),
@@ -127,9 +128,7 @@ def rows_linear(
 
 def _overlap(x: Tensor) -> dict[str, Any]:
     """Arguments of a launch that may overlap with the one before, where the GPU can (Hopper and newer)."""
-    is_nvidia = x.device.type == "cuda" and torch.version.hip is None
-    can = is_nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"OVERLAPS": can, "launch_pdl": True} if can else {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True} if can_overlap_launches(x.device) else {"OVERLAPS": False}
 
 
 def _shared_memory(x: Tensor) -> int:

@@ -182,6 +182,7 @@ def h3_step_prepared(
     *,
     ring_position: Tensor | None = None,
     impl: Impl = "auto",
+    may_overlap: bool = False,
 ) -> Tensor:
     """Advance an H3 layer's mixing by one token, as `h3_step` does, with parameters prepared once.
 
@@ -193,6 +194,8 @@ def h3_step_prepared(
         operators: What `h3_step_operators` made of the parameters.
         ring_position: As in `h3_step`.
         impl: As in `h3_step`, but for "reference", which takes no prepared parameters.
+        may_overlap: Promises that the kernel that runs just before writes neither states nor operators, so that the
+            Triton kernel may read them before that one has ended.
 
     Returns:
         Output, shape (B, D), dtype of ``q``, channel order (h, j).
@@ -218,7 +221,7 @@ def h3_step_prepared(
     diag_sizes = (q.shape[0], n_heads, *outer, n_modes, 2)
     check_tensor("state.diag", state.diag, axes, diag_sizes, like=q, dtypes=PARAMETER_DTYPES)
     _check_ring_position(ring_position, like=q)
-    return _step(q, k, v, state, operators, ring_position, impl)
+    return _step(q, k, v, state, operators, ring_position, impl, may_overlap=may_overlap)
 
 
 def _step(
@@ -229,11 +232,13 @@ def _step(
     operators: H3Step,
     ring_position: Tensor | None,
     impl: Impl,
+    *,
+    may_overlap: bool = False,
 ) -> Tensor:
     if impl == "triton" or (impl == "auto" and q.is_cuda and not is_exporting()):
         obstacle = why_not_triton(q, state, operators.head_dim)
         if obstacle is None:
-            return h3_step_triton(q, k, v, state, operators, ring_position)
+            return h3_step_triton(q, k, v, state, operators, ring_position, may_overlap=may_overlap)
         if impl == "triton":
             raise UnsupportedError(f"h3_step cannot run with impl='triton': {obstacle}; impl='torch' can")
     return h3_step_in_place(q, k, v, state, operators, ring_position)

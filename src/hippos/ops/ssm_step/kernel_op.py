@@ -26,9 +26,16 @@ def why_not_triton(q: Tensor, state: H3State, head_dim: int) -> str | None:
 
 
 def h3_step_triton(
-    q: Tensor, k: Tensor, v: Tensor, state: H3State, operators: H3Step, ring_position: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: H3State,
+    operators: H3Step,
+    ring_position: Tensor | None,
+    *,
+    may_overlap: bool = False,
 ) -> Tensor:
-    """Arguments as in `h3_step_in_place`, checked by the caller and by `why_not_triton`."""
+    """Arguments as in `h3_step_in_place`, checked by the caller and by `why_not_triton`, and of the launch."""
     a, b, read, d = operators.diag
     d = a.new_zeros(len(a)) if d is None else d
     arguments = (q, k, v, *state, ring_position, operators.taps, a, b, read, d)
@@ -38,7 +45,7 @@ def h3_step_triton(
     from hippos.ops.ssm_step.launch import h3_step_launch
 
     with torch.no_grad():
-        return h3_step_launch(*arguments)
+        return h3_step_launch(*arguments, may_overlap=may_overlap)
 
 
 @torch.library.custom_op("hippos::h3_step_kernel", mutates_args=("shift", "diag"))

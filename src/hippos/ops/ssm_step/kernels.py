@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -35,12 +36,15 @@ def h3_step_kernel(
     diag_stride_b, diag_stride_h, diag_stride_m, diag_stride_r, taps_stride_c, taps_stride_n,
     batch, d_model, n_modes, n_past,
     CHANNELS: tl.constexpr, SLOTS: tl.constexpr, MODES: tl.constexpr, SEQUENCES: tl.constexpr,
-    HAS_PAST: tl.constexpr, IS_RING: tl.constexpr, IS_PAIRED: tl.constexpr,
+    HAS_PAST: tl.constexpr, IS_RING: tl.constexpr, IS_PAIRED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Y = q * (2 Re C x + d kv), x = a x + b kv, kv = v * (sum of the window's keys times taps).
 
     A program owns CHANNELS channels of SEQUENCES sequences, one after the other, with the parameters in registers. The
     taps run oldest first, the newest one last. In a ring, slot s holds the key of the time t = s modulo n_past.
+
+    With OVERLAPS the kernel may be started while the one in front of it still runs (programmatic dependent launch):
+    states and parameters are read then already, q, k and v once that one has ended.
     """
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channels < d_model
@@ -62,9 +66,10 @@ def h3_step_kernel(
         shift_ptrs = shift_ptr + wide[None, :] * shift_stride_c + slots[:, None].to(tl.int64) * shift_stride_s
         window = tl.load(shift_ptrs + sequence * shift_stride_b, mask=is_key & (sequence < batch), other=0.0)
     q_ptr, k_ptr, v_ptr = q_ptr + wide * q_stride_c, k_ptr + wide * k_stride_c, v_ptr + wide * v_stride_c
-    key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
-    value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
-    query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)
+    if not OVERLAPS:
+        key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
+        value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
+        query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)
     at = wide[:, None] * (2 * n_modes) + numbers[None, :]
     a_re, a_im = _split(_load(a_ptr + at, is_number), CHANNELS, MODES)
     b_re, b_im = _split(_load(b_ptr + at, is_number), CHANNELS, MODES)
@@ -79,6 +84,12 @@ def h3_step_kernel(
         places = tl.where(places < 0, places + n_past, places)
         at = wide[None, :] * taps_stride_c + places[:, None].to(tl.int64) * taps_stride_n
         taps = _load(taps_ptr + at, is_key)  # (SLOTS, CHANNELS)
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
+        key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
+        value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
+        query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)
     # What a sequence needs is read while the one before it is worked on.
     for i in range(SEQUENCES):
         later = sequence + 1

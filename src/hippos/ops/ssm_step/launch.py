@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.kernel_device import can_overlap_launches
 from hippos.ops.ssm_step.kernels import h3_step_kernel
 
 
@@ -27,9 +28,15 @@ class StepSchedule(NamedTuple):
     max_registers: int | None = None
 
 
-def step_schedule(batch: int) -> StepSchedule:
-    """The sizes for a batch: many small programs for a few sequences, parameters used again for many."""
-    return StepSchedule(16, 1, 4) if batch < 16 else StepSchedule(16, 4, 2)
+def step_schedule(batch: int, d_model: int) -> StepSchedule:
+    """The sizes for a batch: many small programs for a few sequences, parameters used again for many.
+
+    Where two programs for each multiprocessor of a large GPU remain, all work on many sequences at the same time.
+    """
+    if batch < 16:
+        return StepSchedule(16, 1, 4)
+    is_large = triton.cdiv(d_model, 32) * triton.cdiv(batch, 16) >= 256
+    return StepSchedule(32, 16, 4) if is_large else StepSchedule(16, 4, 2)
 
 
 def h3_step_launch(
@@ -45,6 +52,8 @@ def h3_step_launch(
     read: Tensor,
     d: Tensor,
     schedule: StepSchedule | None = None,
+    *,
+    may_overlap: bool = False,
 ) -> Tensor:
     """Run the kernel.
 
@@ -61,6 +70,7 @@ def h3_step_launch(
         read: (2 Re C, -2 Im C).
         d: Skip weights, shape (D,), contiguous.
         schedule: Overrides the table, for tests and tuning.
+        may_overlap: Whether the kernel in front writes neither states nor parameters, so that both may run together.
 
     Returns:
         Output, shape (B, D), contiguous, dtype of ``q``.
@@ -70,7 +80,7 @@ def h3_step_launch(
     y = torch.empty((batch, d_model), dtype=q.dtype, device=q.device)
     if batch == 0:
         return y
-    schedule = schedule or step_schedule(batch)
+    schedule = schedule or step_schedule(batch, d_model)
     grid = (triton.cdiv(d_model, schedule.channels), triton.cdiv(batch, schedule.sequences))
     is_ring = ring_position is not None and n_past > 0
     h3_step_kernel[grid](
@@ -81,6 +91,12 @@ def h3_step_launch(
         CHANNELS=schedule.channels, SLOTS=triton.next_power_of_2(max(n_past, 1)),
         MODES=triton.next_power_of_2(n_modes), SEQUENCES=schedule.sequences,
         HAS_PAST=n_past > 0, IS_RING=is_ring, IS_PAIRED=diag.stride()[2:] == (2, 1),
-        num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
+        num_warps=schedule.num_warps, maxnreg=schedule.max_registers, **_overlap(q, may_overlap and batch < 16),
     )  # fmt: skip
     return y
+
+
+def _overlap(q: Tensor, is_wanted: bool) -> dict[str, Any]:
+    """Arguments of a launch that may overlap with the one before, where the GPU can (Hopper and newer)."""
+    can = is_wanted and can_overlap_launches(q.device)
+    return {"OVERLAPS": True, "launch_pdl": True} if can else {"OVERLAPS": False}
