@@ -190,8 +190,11 @@ class _Teller(RunProgress):
         self._told.put((os.getpid(), Event(*self._run, **about)))
 
     def metrics(self, step: int, total: int, row: Mapping[str, float], seconds_left: float) -> None:
-        """Tell how many steps are done."""
+        """Tell how many steps are done; where nobody is left to listen, end the run with a checkpoint."""
         self.tell(step=step)
+        parent = parent_process()
+        if parent is not None and not parent.is_alive():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def validation(self, step: int, row: Mapping[str, float]) -> None:
         """Tell what was measured on the held-out text."""
