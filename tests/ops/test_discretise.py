@@ -127,3 +127,32 @@ def test_second_derivatives_are_refused(random, method):
     (gradient,) = torch.autograd.grad(b.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(UnsupportedError, match="discretise has no second derivative"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["bilinear", "zoh"])
+def test_compilers_see_the_steps_and_get_the_same(random, method):
+    A, B, dt = poles(random)
+    A[0, 0], dt[0] = torch.tensor([-2.0, 0.0]), 1.0  # Abar = 0 for the bilinear rule
+    weights = [random.normal(*A.shape) for _ in range(2)]
+    weights[0][0, 0] = 0
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def run(convert):
+        tensors = [x.clone().requires_grad_() for x in (A, B, dt)]
+        log_a, b = convert(*tensors)
+        loss = (torch.where(log_a == -torch.inf, 0.0, log_a) * weights[0] + b * weights[1]).sum()
+        return [log_a, b, *torch.autograd.grad(loss, tensors)]
+
+    def convert(A, B, dt):
+        return discretise(A, B, dt, method=method)
+
+    torch.compiler.reset()
+    found, wanted = (run(f) for f in (torch.compile(convert, backend=backend, fullgraph=True), convert))
+    assert "hippos.discretise" not in seen[0].code
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    torch.compiler.reset()

@@ -52,8 +52,12 @@ def discretise(A: Tensor, B: Tensor, dt: Tensor, *, method: Discretisation = "bi
     check_finite(B=B, dt=dt)  # -inf in A is a mode that forgets at once, and NaN is found in log_a by whoever takes it
     if method not in ("bilinear", "zoh"):
         raise ValueError(f"method must be 'bilinear' or 'zoh', got {method!r}")
-    convert = _convert if is_exporting() else discretise_op
-    log_a, b = convert(A, B, dt, method == "zoh")
+    if is_exporting():
+        return _convert(A, B, dt, method == "zoh")
+    if torch.compiler.is_compiling():
+        log_a, b = _Traced.apply(A, B, dt, method == "zoh")  # type: ignore[no-untyped-call]
+        return log_a, b
+    log_a, b = discretise_op(A, B, dt, method == "zoh")
     return log_a, b
 
 
@@ -165,8 +169,7 @@ def _discrete_shapes(A: Tensor, B: Tensor, dt: Tensor, is_zoh: bool) -> tuple[Te
     return A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-@torch.library.custom_op("hippos::discretise_backward", mutates_args=())
-def discretise_backward_op(
+def _gradients(
     A: Tensor, B: Tensor, dt: Tensor, d_log_a: Tensor, d_b: Tensor, is_zoh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of A, B and dt: with z = dt A and s = dt B, log_a is a function of z and b is s times a gain of z."""
@@ -184,6 +187,14 @@ def discretise_backward_op(
     d_scaled = multiply_conj(d_input, gain)
     d_dt = d_z.re * pole.re + d_z.im * pole.im + d_scaled.re * weight.re + d_scaled.im * weight.im
     return join_pairs(scale(d_z, step)), join_pairs(scale(d_scaled, step)), d_dt.sum(-1)
+
+
+@torch.library.custom_op("hippos::discretise_backward", mutates_args=())
+def discretise_backward_op(
+    A: Tensor, B: Tensor, dt: Tensor, d_log_a: Tensor, d_b: Tensor, is_zoh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_gradients` as one node."""
+    return _gradients(A, B, dt, d_log_a, d_b, is_zoh)
 
 
 @discretise_backward_op.register_fake
@@ -209,3 +220,18 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 discretise_op.register_autograd(_backward, setup_context=_save)
 discretise_backward_op.register_autograd(_refuse_second_derivative)
 stack_as_channels(discretise_op, inputs=(0, 0, 0, None), outputs=(0, 0), any_strides=True)
+
+
+class _Traced(torch.autograd.Function):
+    """The same for compilers, which see the steps and fuse them into one or two programs; as nodes they are 70."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, dt: Tensor, is_zoh: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(A, B, dt)
+        ctx.is_zoh = is_zoh
+        return _convert(A, B, dt, is_zoh)
+
+    @staticmethod
+    def backward(ctx: Any, d_log_a: Tensor, d_b: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        A, B, dt = ctx.saved_tensors
+        return *_gradients(A, B, dt, d_log_a, d_b, ctx.is_zoh), None
