@@ -14,6 +14,7 @@ from hippos.ops.decode import (
     BIAS_COLUMNS,
     add_norm,
     attention_step,
+    greedy_step,
     linear_step,
     linear_step_parts,
     norm_tokens,
@@ -166,6 +167,29 @@ def test_attention(generator, device, dtype, n_heads, head_dim, lengths, layout)
         assert torch.equal(keys[row, :, length], k[row])
         assert torch.equal(values[row, :, length], v[row])
         assert values[row, :, length + 1 :].isnan().all()
+
+
+@on_a_device
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["float16", "bfloat16", "float32"]
+)
+@pytest.mark.parametrize("batch", [1, 5, 600])
+def test_the_most_probable_token(generator, device, dtype, batch):
+    skip_interpreted_bfloat16(device, dtype)
+    n_tokens = 3000 if batch < 600 else 7
+    logits = draw(generator, batch, n_tokens + 9, device=device, dtype=dtype)
+    logits[:, n_tokens:] = 100
+    logits[0, [2, 5]] = 50
+    if batch > 1:
+        for row, value in enumerate((float("nan"), float("inf"), float("-inf")), start=1):
+            logits[row, 3 if value > 0 or value != value else slice(None, n_tokens)] = value
+    got = greedy_step(logits, n_tokens, not_finite=-7)
+    assert got.dtype == torch.int64
+    assert got[0] == 2
+    if batch > 1:
+        assert got[1:4].tolist() == [-7, -7, -7]
+        chosen = logits[4:, :n_tokens].gather(1, got[4:].unsqueeze(1)).squeeze(1)
+        assert torch.equal(chosen, logits[4:, :n_tokens].amax(dim=1))
 
 
 def test_refusals(generator):

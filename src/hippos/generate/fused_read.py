@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippos.layers import H3, MLP
-from hippos.layers.projections import can_project_jointly, is_plain_linear
+from hippos.layers.projections import is_plain_linear
 from hippos.ops import H3State, h3_mix
 from hippos.ops.decode import BIAS_COLUMNS, StepImpl, norm_tokens
 
@@ -96,7 +96,8 @@ def takes_mixer(mixer: nn.Module) -> bool:
     """Tell whether `FusedRead.add_mixed` takes a layer."""
     if not isinstance(mixer, H3) or mixer.head_dim > 1 or mixer.shift is None or not is_plain_linear(mixer.out_proj):
         return False
-    return can_project_jointly((mixer.q_proj, mixer.k_proj, mixer.v_proj)) and mixer.k_proj.bias is not None
+    linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    return all(is_plain_linear(linear) and linear.bias is not None for linear in linears)
 
 
 def takes_mlp(mlp: MLP) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hippos.errors import CheckpointError, ConfigError
+from hippos.ops.decode import greedy_step
 
 NOT_FINITE = -1
 """Stands in place of a token where the logits are not finite."""
@@ -139,12 +140,12 @@ class Sampler:
         Returns:
             Ids below ``n_tokens``, shape (B,), int64; `NOT_FINITE` where the logits of a row are not finite.
         """
+        penalty = self.sampling.repetition_penalty
+        if self.is_greedy and (seen is None or penalty == 1):
+            return greedy_step(logits, self.n_tokens, not_finite=NOT_FINITE)
         logits = logits[:, : self.n_tokens]
         largest, tokens = logits.max(dim=-1)  # NaN is greater than any number
         is_finite = largest.isfinite()
-        penalty = self.sampling.repetition_penalty
-        if self.is_greedy and (seen is None or penalty == 1):
-            return tokens.where(is_finite, NOT_FINITE)
         scores = logits.float()
         if seen is not None and penalty != 1:
             punished = torch.where(scores > 0, scores / penalty, scores * penalty)

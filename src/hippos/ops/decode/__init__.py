@@ -16,15 +16,18 @@ from hippos.errors import UnsupportedError
 from hippos.ops.decode.reference import (
     add_norm_reference,
     attention_step_reference,
+    greedy_step_reference,
     linear_step_reference,
     norm_tokens_reference,
 )
+from hippos.ops.kernel_device import why_not_device
 
 __all__ = [
     "BIAS_COLUMNS",
     "MOST_ROWS",
     "add_norm",
     "attention_step",
+    "greedy_step",
     "linear_step",
     "linear_step_parts",
     "norm_tokens",
@@ -215,6 +218,25 @@ def attention_step(
     from hippos.ops.decode.launch import attention_step_launch
 
     return attention_step_launch(q, k, v, keys, values, lengths)
+
+
+def greedy_step(logits: Tensor, n_tokens: int, *, not_finite: int) -> Tensor:
+    """Choose the most probable token of each row, the first of equals, without waiting for the device.
+
+    Args:
+        logits: Shape (B, V), V at least ``n_tokens``, last stride 1; any floating dtype.
+        n_tokens: Ids from here on are not chosen.
+        not_finite: What stands for a row whose largest logit is infinite or no number.
+
+    Returns:
+        Ids, shape (B,), int64.
+    """
+    takes_kernel = logits.dtype != torch.float64 and logits.stride(-1) == 1 and why_not_device(logits.device) is None
+    if not takes_kernel or len(logits) == 0:
+        return greedy_step_reference(logits, n_tokens, not_finite=not_finite)
+    from hippos.ops.decode.launch import greedy_step_launch
+
+    return greedy_step_launch(logits, n_tokens, not_finite=not_finite)
 
 
 def _require(x: Tensor, weights: Sequence[Tensor]) -> None:

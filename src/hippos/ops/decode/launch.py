@@ -13,6 +13,8 @@ from hippos.ops.decode.kernels import (
     add_norm_kernel,
     attention_join_kernel,
     attention_step_kernel,
+    greedy_join_kernel,
+    greedy_part_kernel,
     norm_tokens_kernel,
     rows_linear_kernel,
     vector_linear_kernel,
@@ -23,6 +25,7 @@ MOST_ROWS = 64
 _SPLIT_TOKENS = 128
 _MOST_SPLITS = 64
 _PROGRAMS_WANTED = 512
+_LOGITS_AT_ONCE = 1024
 
 
 class LinearSchedule(NamedTuple):
@@ -227,3 +230,35 @@ def attention_step_launch(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
             **_overlap(q),
         )
     return y
+
+
+def greedy_step_launch(logits: Tensor, n_tokens: int, *, not_finite: int) -> Tensor:
+    """Arguments as in `greedy_step`."""
+    batch = len(logits)
+    parts = max(min(_PROGRAMS_WANTED // batch, n_tokens // _LOGITS_AT_ONCE), 1)
+    tops = torch.empty(batch, parts, dtype=torch.float32, device=logits.device)
+    places = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(batch, dtype=torch.long, device=logits.device)
+    greedy_part_kernel[(batch, parts)](
+        logits,
+        tops,
+        places,
+        logits.stride(0),
+        n_tokens,
+        PARTS=parts,
+        BLOCK=_LOGITS_AT_ONCE,
+        num_warps=4,
+        **_overlap(logits),
+    )
+    greedy_join_kernel[(batch,)](
+        tops,
+        places,
+        tokens,
+        n_tokens,
+        NOT_FINITE=not_finite,
+        PARTS=parts,
+        BLOCK=triton.next_power_of_2(parts),
+        num_warps=1,
+        **_overlap(logits),
+    )
+    return tokens

@@ -41,3 +41,9 @@ def attention_step_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, valu
     values[row, :, lengths] = v
     is_seen = torch.arange(keys.shape[2], device=q.device) <= lengths[:, None]  # (B, T)
     return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, is_seen[:, None, None]).squeeze(2)
+
+
+def greedy_step_reference(logits: Tensor, n_tokens: int, *, not_finite: int) -> Tensor:
+    """Arguments as in `greedy_step`."""
+    largest, tokens = logits[:, :n_tokens].max(dim=-1)  # NaN is greater than any number
+    return tokens.where(largest.isfinite(), not_finite)
