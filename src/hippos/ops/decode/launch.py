@@ -26,6 +26,8 @@ _SPLIT_TOKENS = 128
 _MOST_SPLITS = 64
 _PROGRAMS_WANTED = 512
 _LOGITS_AT_ONCE = 1024
+_MOST_STAGES = 5
+_ROWS_OF_A_PROGRAM = 4  # of a weight that one token is multiplied by
 
 
 class LinearSchedule(NamedTuple):
@@ -70,7 +72,7 @@ def vector_linear(
     y = torch.empty(1, n_outputs, dtype=x.dtype, device=x.device) if add_to is None else add_to
     block_k = triton.next_power_of_2(n_inputs) if norm is not None else min(triton.next_power_of_2(n_inputs), 2048)
     norm_weight, norm_bias, eps = (x, x, 0.0) if norm is None else norm
-    vector_linear_kernel[(n_outputs // 4,)](
+    vector_linear_kernel[(n_outputs // _ROWS_OF_A_PROGRAM,)](
         x,
         weights[0],
         biases[0],
@@ -85,7 +87,7 @@ def vector_linear(
         HAS_NORM=norm is not None,
         HAS_GELU=gelu,
         ADDS=add_to is not None,
-        BLOCK_N=4,
+        BLOCK_N=_ROWS_OF_A_PROGRAM,
         BLOCK_K=block_k,
         num_warps=2 if block_k <= 2048 else 4,
         **_overlap(x),
@@ -123,7 +125,7 @@ def rows_linear(
         BLOCK_N=schedule.block_n,
         BLOCK_K=schedule.block_k,
         num_warps=4,
-        num_stages=max(2, min(5, _shared_memory(x) // n_bytes)),
+        num_stages=max(2, min(_MOST_STAGES, _shared_memory(x) // n_bytes)),
         **_overlap(x),
     )
     return y
