@@ -298,6 +298,40 @@ class TestGpu:
         second = run(inputs, "triton")
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("batch", "n_heads", "seqlen"),
+        [(16, 100, 256), (32, 50, 768), (8, 96, 1024), (12, 48, 2048), (2, 96, 4096), (1, 96, 8192), (1, 2, 262_144)],
+    )
+    def test_full_tiles(self, batch, n_heads, seqlen, dtype):
+        inputs = make_inputs(batch, n_heads, seqlen, 32, dtype, "cuda", absent=("initial_state",))
+        found = run(inputs, "triton", with_state=False)
+        again = run(inputs, "triton", with_state=False)
+        assert all(torch.equal(found[name], again[name]) for name in found)
+        assert_accurate(inputs, found, run(inputs, "torch", dtype=torch.float64, with_state=False))
+
+    def test_full_tiles_between_states(self):
+        inputs = make_inputs(16, 96, 512, 20, torch.bfloat16, "cuda")
+        assert_accurate(inputs, run(inputs, "triton"), run(inputs, "torch", dtype=torch.float64))
+
+    def test_a_sample_that_is_no_number_stays_in_its_sequence(self):
+        inputs = make_inputs(16, 96, 512, 32, torch.bfloat16, "cuda", absent=("initial_state",))
+        wanted = run(inputs, "triton", with_state=False)
+        inputs.u[3, :, 100] = torch.nan
+        found = run(inputs, "triton", with_state=False)
+        others = [i for i in range(16) if i != 3]
+        for name in ("y", "d_u", "d_in_gate", "d_out_gate"):
+            assert torch.equal(found[name][others], wanted[name][others])
+        assert torch.equal(found["y"][3, :, :64], wanted["y"][3, :, :64])  # the chunk before
+
+    def test_full_tiles_of_strided_inputs(self):
+        inputs = make_inputs(16, 96, 512, 32, torch.bfloat16, "cuda", absent=("initial_state",))
+        stacked = torch.cat([inputs.u, inputs.in_gate, inputs.out_gate], dim=1)  # (B, 3H, L)
+        u, in_gate, out_gate = stacked.transpose(0, 1).contiguous().transpose(0, 1).chunk(3, dim=1)
+        found = run(inputs._replace(u=u, in_gate=in_gate, out_gate=out_gate), "triton", with_state=False)
+        wanted = run(inputs, "triton", with_state=False)
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+
     def test_strided_inputs(self):
         inputs = make_inputs(3, 4, 1000, 32, torch.bfloat16, "cuda")
         stacked = torch.cat([inputs.u, inputs.in_gate, inputs.out_gate], dim=1)  # (B, 3H, L)
@@ -315,6 +349,7 @@ class TestGpu:
         assert torch.equal(y, wanted)
         assert torch.isfinite(inputs.log_a.grad).all()
 
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
     def test_packed_documents_compiled_without_a_break(self):
         inputs = Inputs(*leaves(*make_inputs(1, 4, 500, 32, torch.bfloat16, "cuda", n_docs=3)))
         cu_seqlens = torch.tensor([0, 100, 101, 500], device="cuda")

@@ -10,6 +10,17 @@ from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.kernels_backward import ssm_conv_bwd_kernel
 from hippos.ops.ssm_conv.kernels_forward import ssm_conv_fwd_kernel
 from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel
+from hippos.ops.ssm_conv.launch_hopper import (
+    LEAST_FORWARD_PROGRAMS,
+    LEAST_PROGRAMS,
+    HopperTiles,
+    forward_hopper_schedule,
+    hopper_tiles,
+    launch_hopper_backward,
+    launch_hopper_forward,
+    takes_hopper_backward,
+    takes_hopper_forward,
+)
 from hippos.ops.ssm_conv.launch_operators import ChunkOperators, make_chunk_operators
 from hippos.ops.ssm_conv.launch_pieces import place_documents, states_between_pieces
 from hippos.ops.ssm_conv.schedule import (
@@ -29,6 +40,9 @@ from hippos.ops.ssm_conv.schedule import (
     saved_shape,
     with_exact_products,
 )
+
+
+RUNS_FORWARD = False  # on Hopper, until it has been timed
 
 
 def ssm_conv_fwd(
@@ -58,9 +72,11 @@ def ssm_conv_fwd(
     u, log_a, b, c, d, in_gate, out_gate, initial_state = inputs
     (batch, n_heads, seqlen), device = u.shape, u.device
     n_modes = log_a.shape[1]
-    schedule = schedule or forward_schedule(u.dtype, n_modes, device)
+    tiles = None
+    if schedule is None:
+        schedule, tiles = forward_plan(inputs, cu_seqlens, y)
     operand = schedule.operand
-    pieces = _choose_pieces(u, n_modes, cu_seqlens, schedule, is_forward=True)
+    pieces = _choose_pieces(u, n_modes, cu_seqlens, schedule, is_forward=True) if tiles is None else tiles.pieces
     at = place(pieces, schedule, has_segments=not pieces.is_cut)
     modes = schedule.padded_modes(n_modes)
     operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
@@ -81,6 +97,9 @@ def ssm_conv_fwd(
         initial = states_between_pieces(u, in_gate, log_a, operators, initial, table, pieces, schedule, is_planar=True)
     elif initial is not None:
         initial = initial.transpose(-1, -2).contiguous()
+    if tiles is not None and in_gate is not None and out_gate is not None:
+        launch_hopper_forward(tiles, (u, in_gate, out_gate, y), operators, initial, state, saved)
+        return y, _drop_padding(state, n_modes), saved
     gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
     per_program = groups_per_program(n_heads, at.n_groups, schedule.programs)
     ssm_conv_fwd_kernel[(n_heads * triton.cdiv(at.n_groups, per_program),)](
@@ -98,6 +117,30 @@ def ssm_conv_fwd(
         num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
     )  # fmt: skip
     return y, _drop_padding(state, n_modes), saved
+
+
+def forward_plan(
+    inputs: Inputs, cu_seqlens: Tensor | None = None, y: Tensor | None = None
+) -> tuple[Schedule, HopperTiles | None]:
+    """The forward pass's schedule, which its operators are made with, and the tiles of Hopper's program if it runs.
+
+    Args:
+        inputs: As in `ssm_conv_fwd`.
+        cu_seqlens: As in `ssm_conv_fwd`.
+        y: As in `ssm_conv_fwd`.
+
+    Returns:
+        Both.
+    """
+    u, n_modes = inputs.u, inputs.log_a.shape[1]
+    schedule = forward_schedule(u.dtype, n_modes, u.device)
+    signals = (u, inputs.in_gate, inputs.out_gate, *(() if y is None else (y,)))
+    if RUNS_FORWARD and cu_seqlens is None and takes_hopper_forward(n_modes, signals):
+        batch, n_heads, seqlen = u.shape
+        tiles = hopper_tiles(batch, n_heads, seqlen, Pieces(batch, 1, seqlen), LEAST_FORWARD_PROGRAMS)
+        if tiles is not None:
+            return forward_hopper_schedule(), tiles
+    return schedule, None
 
 
 # The gradients of u, log_a, b, c, d, in_gate, out_gate and initial_state; empty for what was left out.
@@ -151,20 +194,26 @@ def ssm_conv_bwd(
     n_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wants_dinitial = initial_state is not None
     dinitial = torch.zeros((n_sequences, n_heads, modes, 2) if wants_dinitial else (0,), device=device)
-    per_program = groups_per_program(n_heads, at.n_groups, schedule.programs)
-    splits = triton.cdiv(at.n_groups, per_program)
-    programs = n_heads * splits
-    partial = [torch.empty(programs, *shape, device=device) for shape in
-               ((chunk, chunk), (chunk, modes, 2), (chunk, modes, 2), (modes, 2))]  # fmt: skip
-    gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
     dstate = None if dstate is None else _pad_modes(dstate, modes)
-    if batch > 0:
-        table = None if cu_seqlens is None else place_documents(cu_seqlens, seqlen, pieces)
-        later = None
-        if pieces.is_cut:
-            later = states_between_pieces(dout, out_gate, log_a, operators, None, table, pieces, schedule,
-                                          dstate=dstate, whole=whole, is_reverse=True, is_planar=True)  # fmt: skip
-        ssm_conv_bwd_kernel[(programs,)](
+    is_plain = cu_seqlens is None and dstate is None and initial_state is None
+    takes = is_plain and takes_hopper_backward(schedule, n_modes, (u, in_gate, out_gate, dout, du, din, dgate), saved)
+    tiles = hopper_tiles(batch, n_heads, seqlen, pieces, LEAST_PROGRAMS) if takes else None
+    table = None if cu_seqlens is None else place_documents(cu_seqlens, seqlen, pieces)
+    later = None
+    if batch > 0 and (pieces if tiles is None else tiles.pieces).is_cut:
+        later = states_between_pieces(dout, out_gate, log_a, operators, None, table, pieces, schedule,
+                                      dstate=dstate, whole=whole, is_reverse=True, is_planar=True)  # fmt: skip
+    if tiles is not None and in_gate is not None and out_gate is not None:
+        signals, gradients = (u, in_gate, out_gate, dout), (du, din, dgate)
+        partial, splits = launch_hopper_backward(tiles, signals, gradients, operators, saved, later)
+    else:
+        per_program = groups_per_program(n_heads, at.n_groups, schedule.programs)
+        splits = triton.cdiv(at.n_groups, per_program) if batch > 0 else 0
+        shapes = ((chunk, chunk), (chunk, modes, 2), (chunk, modes, 2), (modes, 2))
+        partial = [torch.empty(n_heads * splits, *shape, device=device) for shape in shapes]
+    gate_in, gate_out = u if in_gate is None else in_gate, u if out_gate is None else out_gate
+    if batch > 0 and tiles is None:
+        ssm_conv_bwd_kernel[(n_heads * splits,)](
             u, gate_in, gate_out, dout, du, du if in_gate is None else din, du if out_gate is None else dgate,
             operators.taps, operators.into, operators.outof, operators.decay, operators.exponents, saved,
             saved if later is None else later, saved if dstate is None else dstate,
@@ -184,7 +233,7 @@ def ssm_conv_bwd(
     dd = torch.empty((n_heads,) if d is not None else (0,), device=device)
     if wants_parameters:
         chunk_operators_bwd_kernel[(n_heads,)](
-            log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, splits if batch > 0 else 0,
+            log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, splits,
             CHUNK=chunk, MODES=modes, HAS_D=d is not None, num_warps=8,
         )  # fmt: skip
     return du, dlog_a, db, dc, dd, din, dgate, _drop_padding(dinitial, n_modes)

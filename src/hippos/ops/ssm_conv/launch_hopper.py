@@ -1,0 +1,191 @@
+"""Launch the programs that are written for Hopper, where they serve."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import torch
+import triton
+from torch import Tensor
+
+from hippos.ops.ssm_conv.launch_operators import ChunkOperators
+from hippos.ops.ssm_conv.schedule import Pieces, Schedule, groups_per_program
+
+ROWS, CHUNK, MODES = 64, 64, 32
+LEAST_RUN, LEAST_SPAN = 4, 256  # chunks, and samples, between saved states
+ALIGNED = 16  # elements between sequences or channels, and bytes of addresses, that 16-byte copies need
+PROGRAMS = 528  # four for every multiprocessor of an H100
+LEAST_PROGRAMS = 96  # of the backward program, which has a multiprocessor for itself
+LEAST_FORWARD_PROGRAMS = 192
+TRITON_VERSIONS = ("3.6.",)  # Gluon is experimental: those it was run with
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """How the pieces lie in tiles.
+
+    Args:
+        run: Consecutive chunks of a piece a tile.
+        pieces: The pieces.
+    """
+
+    run: int
+    pieces: Pieces
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles along a piece."""
+        return self.pieces.length // (self.run * CHUNK)
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of pieces that share tiles."""
+        return self.pieces.total // (ROWS // self.run)
+
+
+@lru_cache
+def has_hopper_programs(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU, and Triton one whose Gluon the program was run with."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    is_known = str(triton.__version__).startswith(TRITON_VERSIONS)
+    return is_known and importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+def hopper_tiles(batch: int, n_heads: int, seqlen: int, cut: Pieces, least: int) -> HopperTiles | None:
+    """Tiles that are full everywhere: of whole sequences if that makes ``least`` programs, else of pieces; or None.
+
+    Args:
+        batch: B.
+        n_heads: H.
+        seqlen: L.
+        cut: The pieces, if any.
+        least: Programs that are enough.
+
+    Returns:
+        The tiles.
+    """
+    if batch == 0:
+        return None
+    whole = HopperTiles(ROWS // gcd(batch, ROWS // LEAST_RUN), Pieces(batch, 1, seqlen))
+    if seqlen % (whole.run * CHUNK) == 0 and n_heads * whole.n_groups >= least:
+        return whole
+    fits = cut.length % LEAST_SPAN == 0 and cut.total * cut.length == batch * seqlen
+    if cut.is_cut and fits and cut.total % (ROWS // LEAST_RUN) == 0:
+        return HopperTiles(LEAST_RUN, cut)
+    return None
+
+
+def forward_hopper_schedule() -> Schedule:
+    """What the forward program's operators are made with: two bfloat16 parts each."""
+    return Schedule(chunk=CHUNK, rows=ROWS, lanes=ROWS // LEAST_RUN, num_warps=8, planes=2, operand=torch.bfloat16)
+
+
+def takes_hopper_forward(n_modes: int, signals: tuple[Tensor | None, ...]) -> bool:
+    """Whether the forward program serves signals of these dtypes and places: u, the gates and, if it exists, y."""
+    is_half = any(all(x is not None and x.dtype == dtype for x in signals) for dtype in (torch.bfloat16, torch.float16))
+    return is_half and Schedule.padded_modes(n_modes) == MODES and _is_aligned(signals)
+
+
+def takes_hopper_backward(schedule: Schedule, n_modes: int, signals: tuple[Tensor | None, ...], saved: Tensor) -> bool:
+    """Whether the backward program serves: bfloat16 signals, none left out, aligned for copies of 16 bytes.
+
+    Args:
+        schedule: That of `ssm_conv_bwd_kernel`, whose operators both take.
+        n_modes: M.
+        signals: u, the gates, the gradient of y and the memory for gradients, each (B, H, L) or None.
+        saved: States from the forward pass.
+
+    Returns:
+        Whether it does.
+    """
+    wanted = (torch.bfloat16, CHUNK, MODES, LEAST_SPAN)
+    span = schedule.rows // schedule.lanes * schedule.chunk
+    if (schedule.operand, schedule.chunk, schedule.padded_modes(n_modes), span) != wanted:
+        return False
+    return all(x is not None and x.dtype == torch.bfloat16 for x in (*signals, saved)) and _is_aligned(signals)
+
+
+def _is_aligned(signals: tuple[Tensor | None, ...]) -> bool:
+    """Whether 16-byte copies reach all samples, with 32-bit distances in a tile, on a device that has the programs."""
+    present = [x for x in signals if x is not None]
+    batch, _, seqlen = present[0].shape
+    strides = (stride for x in present for stride in x.stride()[:2])
+    if any(x.data_ptr() % ALIGNED for x in present) or any(stride % ALIGNED for stride in strides):
+        return False
+    farthest = min(batch, ROWS // LEAST_RUN) * max(x.stride(0) for x in present) + seqlen if batch > 1 else seqlen
+    return farthest < 2**31 and has_hopper_programs(present[0].device)
+
+
+def launch_hopper_forward(
+    tiles: HopperTiles,
+    signals: tuple[Tensor, Tensor, Tensor, Tensor],
+    operators: ChunkOperators,
+    initial: Tensor | None,
+    state: Tensor,
+    saved: Tensor,
+) -> None:
+    """Run the forward program on whole sequences.
+
+    Args:
+        tiles: From `hopper_tiles`.
+        signals: u, its gate, the output's gate and memory for y, each (B, H, L).
+        operators: Chunk operators of `forward_hopper_schedule`.
+        initial: Initial states, (B, H, 2, 32), or None.
+        state: Memory for the final states, (B, H, 32, 2), or empty.
+        saved: Memory for the states before every 256 samples, (B, H, L / 256, 32, 2), or empty.
+    """
+    from hippos.ops.ssm_conv.kernels_hopper_forward import ssm_conv_fwd_hopper_kernel
+
+    batch, n_heads, _ = signals[0].shape
+    per_program = groups_per_program(n_heads, tiles.n_groups, 2 * PROGRAMS)
+    ssm_conv_fwd_hopper_kernel[(n_heads * triton.cdiv(tiles.n_groups, per_program),)](
+        *signals, operators.taps, operators.into, operators.outof, operators.decay,
+        operators.decay if initial is None else initial, state, saved,
+        *(stride for signal in signals for stride in signal.stride()[:2]),
+        n_heads, tiles.n_tiles, tiles.n_groups, per_program, tiles.pieces.length // LEAST_SPAN,
+        0 if initial is None else batch,
+        RUN=tiles.run, SAVES=saved.numel() > 0, WANTS_STATE=state.numel() > 0, num_warps=8, maxnreg=128,
+    )  # fmt: skip
+
+
+def launch_hopper_backward(
+    tiles: HopperTiles,
+    signals: tuple[Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    operators: ChunkOperators,
+    saved: Tensor,
+    later: Tensor | None,
+) -> tuple[list[Tensor], int]:
+    """Run the program.
+
+    Args:
+        tiles: From `hopper_tiles`.
+        signals: u, its gate, the output's gate and the gradient of y, each (B, H, L).
+        gradients: Memory for those of u, its gate and the output's gate, laid out like the gradient of y.
+        operators: Chunk operators in bfloat16.
+        saved: The states before every 256 samples, (B, H, L / 256, 32, 2).
+        later: The adjoint state after each piece, (n, H, 2, 32), or None if pieces are whole sequences.
+
+    Returns:
+        The partial gradients of the operators, and into how many parts each channel's are split.
+    """
+    from hippos.ops.ssm_conv.kernels_hopper_backward import ssm_conv_bwd_hopper_kernel
+
+    n_heads, device = saved.shape[1], saved.device
+    per_program = groups_per_program(n_heads, tiles.n_groups, PROGRAMS)
+    splits = triton.cdiv(tiles.n_groups, per_program)
+    shapes = ((CHUNK, CHUNK), (CHUNK, MODES, 2), (CHUNK, MODES, 2), (MODES, 2))
+    partial = [torch.empty(n_heads * splits, *shape, device=device) for shape in shapes]
+    ssm_conv_bwd_hopper_kernel[(n_heads * splits,)](
+        *signals, *gradients, operators.taps, operators.into, operators.outof, operators.decay, saved,
+        operators.decay if later is None else later, *partial,
+        *(stride for signal in signals for stride in signal.stride()[:2]),
+        n_heads, tiles.pieces.per_sequence, tiles.pieces.length, tiles.n_tiles, tiles.n_groups, per_program,
+        saved.shape[2], 0 if later is None else tiles.pieces.total,
+        RUN=tiles.run, IS_CUT=tiles.pieces.per_sequence > 1, num_warps=8,
+    )  # fmt: skip
+    return partial, splits
