@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from hippos.bench.cases.decode_step import DecodeSize, draw_positions, prepare_decode_step
@@ -68,4 +69,17 @@ GENERATION = Case(
     plan=Plan(warmup=1, rounds=7),
 )
 
-SUITE = Suite(name="cpu", title="Speed on the cores of a CPU", cases=(SSM_CONV, DECODE_STEP, GENERATION))
+GENERATION_INT8 = Case(
+    name="generation_int8",
+    title="The same with int8 weights in the H3 hybrid",
+    sizes=tuple(replace(size, is_int8=True, tokens_at_least=2.0) for size in GENERATION.sizes),
+    quick_sizes=tuple(replace(size, is_int8=True) for size in GENERATION.quick_sizes),
+    prepare=prepare_generation,
+    labels=("prompt_len", "dtype"),
+    draw=draw_rates,
+    plan=Plan(warmup=1, rounds=7),
+)
+
+SUITE = Suite(
+    name="cpu", title="Speed on the cores of a CPU", cases=(SSM_CONV, DECODE_STEP, GENERATION, GENERATION_INT8)
+)

@@ -37,3 +37,12 @@ def test_h3_models_write_by_our_engine_too():
     sample = workload.methods["H3 tiny, engine"](Clock(CPU.device))
     assert abs(sample[PREFILL] + 2 * sample[TOKEN] - sample[WHOLE]) < 1e-9
     assert {goal.fast[0] for goal in workload.goals} == {"H3 tiny", "H3 tiny, engine"}
+
+
+def test_int8_weights_are_for_our_engine_alone():
+    tiny = {"H3 tiny": ("h3", {**TINY, "attn_layers": (1,)})}
+    size = GenerationSize(6, 3, {**TINY_GPT2, **tiny}, "GPT-2 tiny", is_int8=True, tokens_at_least=2.0)
+    workload = prepare_generation(size, CPU)
+    assert list(workload.methods) == ["GPT-2 tiny", "H3 tiny, engine, int8"]
+    assert 1e-5 < workload.check()["H3 tiny, engine, int8"] < 0.05
+    assert [goal.at_least for goal in workload.goals] == [2.0, 1.0]
