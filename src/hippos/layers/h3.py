@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from hippos.layers.arguments import check_mask, check_tokens, without_autocast
 from hippos.layers.param_groups import ParamGroup, param_groups
 from hippos.layers.projections import (
-    can_project_jointly,
     project_from_channels,
-    project_jointly,
     project_to_channels,
     project_tokens,
+    stack_linears,
 )
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftOperators, ShiftSSM
 from hippos.ops import H3State, h3_mix
-from hippos.ops.h3_mix.joint import h3_mix_joint, takes_joint
+from hippos.ops.arguments import check_offsets, document_bounds, is_debugging
+from hippos.ops.h3_mix.projected import h3_mix_projected, takes_projected
 from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
 from hippos.ops.tracing import is_exporting
 
@@ -183,7 +183,7 @@ class H3(nn.Module):
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.k_proj)
         check_mask(mask, u)
         if u.is_cuda and initial_state is None and not return_state and mask is None:
-            o = self._mix_jointly(u, cu_seqlens)
+            o = self._project_and_mix(u, cu_seqlens)
             if o is not None:
                 return project_from_channels(self.out_proj, o)
         q, k, v = self._project(u, project_to_channels)  # (B, D, L)
@@ -302,22 +302,24 @@ class H3(nn.Module):
             return ones, k, ones
         return project(self.q_proj, u), k, project(self.v_proj, u)
 
-    def _mix_jointly(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-        """Mix whole sequences by the kernels behind one product for q, k and v; None where that cannot be.
-
-        Gives (B, D, L).
-        """
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        if self.head_dim > 1 or is_exporting() or not can_project_jointly(linears):
+    def _project_and_mix(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Go from tokens to mixed channels (B, D, L) in one operator; None where that cannot be."""
+        if self.head_dim > 1 or is_exporting():
             return None
-        qkv = project_jointly(linears, u)
+        stacked = stack_linears((self.q_proj, self.k_proj, self.v_proj))
+        if stacked is None:
+            return None
+        weight, bias = stacked
+        u = u.to(weight.dtype)
         with without_autocast(u.device.type):
             diag = self.diag.operators()
             shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
-            if takes_joint(qkv, shift.filter, diag.log_a):
-                return h3_mix_joint(qkv, *shift, *diag, cu_seqlens)
-            q, k, v = qkv.unbind(0)
-            return h3_mix(q, k, v, *shift, *diag, cu_seqlens=cu_seqlens)
+            if not takes_projected(u, weight, shift.filter, diag.log_a):
+                return None
+            check_offsets(cu_seqlens, batch=u.shape[0])
+            if cu_seqlens is not None and (is_debugging() or not cu_seqlens.is_cuda):
+                document_bounds(cu_seqlens, batch=u.shape[0], seqlen=u.shape[1])
+            return h3_mix_projected(u, weight, bias, *shift, *diag, cu_seqlens)
 
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""

@@ -65,37 +65,32 @@ def project_to_channels(linear: nn.Module, u: Tensor) -> Tensor:
     return product.view(-1, batch, seqlen).transpose(0, 1)
 
 
-def can_project_jointly(linears: Sequence[nn.Module | None]) -> TypeGuard[Sequence[nn.Linear]]:
-    """Whether `project_jointly` takes these modules: plain linear ones of one size and dtype."""
-    first = linears[0]
-    return is_plain_linear(first) and all(
-        is_plain_linear(linear)
-        and linear.weight.shape == first.weight.shape
-        and linear.weight.dtype == first.weight.dtype
-        and (linear.bias is None) == (first.bias is None)
-        for linear in linears
-    )
+def stack_linears(linears: Sequence[nn.Module | None]) -> tuple[Tensor, Tensor | None] | None:
+    """Lay the weights and biases of plain linear modules of one size side by side, in the dtype autocast asks for.
 
-
-def project_jointly(linears: Sequence[nn.Linear], u: Tensor) -> Tensor:
-    """Apply several linear modules to the same tokens in one product and give the results channels first.
-
-    The weights are copied side by side in every call, which costs little beside many tokens.
+    The copy costs little beside a product with many tokens.
 
     Args:
-        linears: Modules for which `can_project_jointly` holds, each from D_in to D_out.
-        u: Tokens, shape (B, L, D_in).
+        linears: Modules from D_in to D_out.
 
     Returns:
-        Channels, shape (len(linears), B, D_out, L), (len(linears), D_out, B, L) in memory.
+        Weights, shape (n D_out, D_in), and biases, (n D_out,), or None if no module has one; None in place of both
+        where a module is not plain or differs from the others in size, dtype, or whether it has a bias.
     """
-    batch, seqlen, _ = u.shape
-    columns = u.reshape(batch * seqlen, -1).t()  # (D_in, B * L)
-    weight = torch.cat([linear.weight for linear in linears])
-    biases: list[Tensor | None] = [linear.bias for linear in linears]
-    given = [bias for bias in biases if bias is not None]
-    product = torch.addmm(torch.cat(given).unsqueeze(1), weight, columns) if given else weight @ columns
-    return product.view(len(linears), -1, batch, seqlen).transpose(1, 2)
+    plain = [linear for linear in linears if is_plain_linear(linear)]
+    first = plain[0] if plain else None
+    if first is None or len(plain) < len(linears):
+        return None
+    alike = (first.weight.shape, first.weight.dtype, first.bias is None)
+    if any((linear.weight.shape, linear.weight.dtype, linear.bias is None) != alike for linear in plain):
+        return None
+    weight = torch.cat([linear.weight for linear in plain])
+    bias = None if first.bias is None else torch.cat([linear.bias for linear in plain])
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight, bias
 
 
 def project_from_channels(linear: nn.Module, x: Tensor) -> Tensor:

@@ -85,6 +85,15 @@ def row_places(delta, stride_b, start, FIRST: tl.constexpr, COUNT: tl.constexpr,
 
 
 @triton.jit
+def load_bias(ptr, index, HAS_BIAS: tl.constexpr):
+    """One channel's bias, or 0."""
+    if HAS_BIAS:
+        return tl.load(ptr + index)
+    else:  # noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
+        return 0.0
+
+
+@triton.jit
 def load_chunks(
     ptr, sequence, delta, stride_b, start, is_row, end, CHUNK: tl.constexpr, IS_FULL: tl.constexpr,
     IS_WIDE: tl.constexpr,
@@ -117,13 +126,15 @@ def store_chunks(
 
 @triton.jit
 def load_windows(
-    ptr, past_ptr, sequence, delta, start, is_row, owner, begin, end, channel, stride_b,
+    ptr, past_ptr, bias, sequence, delta, start, is_row, owner, begin, end, channel, stride_b,
     past_stride_b, past_stride_c, past_stride_s, n_past,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_PAST: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, IS_FULL: tl.constexpr,
+    IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """The WINDOW samples up to the end of every row's chunk, those before ``begin`` from ``owner``'s past (or zeros).
 
-    ``begin`` and ``end`` are those of each row's sequence or document, as columns, or the same for all rows.
+    ``begin`` and ``end`` are those of each row's sequence or document, as columns, or the same for all rows. A bias is
+    added to the sequences' own samples.
     """
     times = start[:, None] + (tl.arange(0, WINDOW) - (WINDOW - CHUNK))[None, :]
     at = (ptr + sequence * stride_b) + row_places(delta, stride_b, start, CHUNK - WINDOW, WINDOW, IS_WIDE)
@@ -131,6 +142,8 @@ def load_windows(
     if not IS_FULL:
         inside = inside & is_row[:, None] & (times < end)
     windows = tl.load(at, mask=inside, other=0.0)
+    if HAS_BIAS:
+        windows = tl.where(inside, windows.to(tl.float32) + bias, 0.0).to(windows.dtype)
     if HAS_PAST:
         place = times - begin
         before = is_row[:, None] & (place < 0) & (place + n_past >= 0)

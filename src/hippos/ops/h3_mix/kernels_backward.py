@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hippos.ops.h3_mix.kernels import (
+    load_bias,
     load_chunks,
     load_shift_operator,
     load_windows,
@@ -36,12 +37,12 @@ def _locate_rows(
 
 @triton.jit
 def shift_conv_kernel(
-    k_ptr, y_ptr, filter_ptr, skip_ptr, past_ptr, table_ptr, cu_seqlens_ptr,
+    k_ptr, y_ptr, filter_ptr, skip_ptr, past_ptr, bias_ptr, table_ptr, cu_seqlens_ptr,
     k_stride_b, k_stride_c, y_stride_b, y_stride_c, past_stride_b, past_stride_c, past_stride_s,
     seqlen, n_taps, n_total, n_tiles, n_groups, n_items,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
-    PLANES: tl.constexpr, PRECISION: tl.constexpr, HAS_PAST: tl.constexpr, HAS_TABLE: tl.constexpr,
-    IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr,
+    HAS_TABLE: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Y = conv(shift filter, k) + skip k for ``n_items`` tiles of one channel.
 
@@ -59,14 +60,16 @@ def shift_conv_kernel(
         shift = shift.to(k_ptr.dtype.element_ty)
     k_ptr += channel.to(tl.int64) * k_stride_c
     y_ptr += channel.to(tl.int64) * y_stride_c
+    bias = load_bias(bias_ptr, channel, HAS_BIAS)
     for item in tl.range(first, last):
         group, tile = item // n_tiles, item % n_tiles
         sequence, delta, start, is_row, owner, begin, end = _locate_rows(
             group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen, CHUNK, ROWS, TILE, PIECES, HAS_TABLE
         )
         windows = load_windows(
-            k_ptr, past_ptr, sequence, delta, start, is_row, owner, begin[:, None], end[:, None], channel, k_stride_b,
-            past_stride_b, past_stride_c, past_stride_s, n_taps - 1, CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
+            k_ptr, past_ptr, bias, sequence, delta, start, is_row, owner, begin[:, None], end[:, None], channel,
+            k_stride_b, past_stride_b, past_stride_c, past_stride_s, n_taps - 1,
+            CHUNK, WINDOW, HAS_BIAS, HAS_PAST, IS_FULL, IS_WIDE,
         )  # fmt: skip
         key = tl.dot(windows, shift, input_precision=PRECISION)
         if PLANES == 2:
@@ -78,11 +81,12 @@ def shift_conv_kernel(
 
 @triton.jit
 def shift_conv_bwd_kernel(
-    k_ptr, dkey_ptr, dk_ptr, filter_ptr, skip_ptr, dshift_ptr, table_ptr, cu_seqlens_ptr,
+    k_ptr, dkey_ptr, dk_ptr, filter_ptr, skip_ptr, dshift_ptr, bias_ptr, table_ptr, cu_seqlens_ptr,
     k_stride_b, k_stride_c, dkey_stride_b, dkey_stride_c, dk_stride_b, dk_stride_c,
     seqlen, n_taps, n_total, n_tiles, n_groups, n_items,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_TABLE: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, IS_FULL: tl.constexpr,
+    IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of k from that of its shifted keys, and the sum over samples of that of the shift operator.
 
@@ -100,6 +104,7 @@ def shift_conv_bwd_kernel(
     k_ptr += channel.to(tl.int64) * k_stride_c
     dkey_ptr += channel.to(tl.int64) * dkey_stride_c
     dk_ptr += channel.to(tl.int64) * dk_stride_c
+    bias = load_bias(bias_ptr, channel, HAS_BIAS)
     dshift = tl.zeros((CHUNK, WINDOW), tl.float32)
     for item in tl.range(first, last):
         group, tile = item // n_tiles, item % n_tiles
@@ -110,6 +115,8 @@ def shift_conv_bwd_kernel(
         inside = is_row[:, None] & (start[:, None] + ahead[None, :] < end[:, None])
         dkeys = tl.load(at, mask=inside, other=0.0)  # (ROWS, WINDOW)
         k = load_chunks(k_ptr, sequence, delta, k_stride_b, start, is_row, end, CHUNK, IS_FULL, IS_WIDE)
+        if HAS_BIAS:  # past the end too, where the gradients of all shifted keys that it could reach are zero
+            k = (k.to(tl.float32) + bias).to(k_ptr.dtype.element_ty)
         dk = tl.dot(dkeys, shift, input_precision=PRECISION)
         if is_half:
             dk *= two_to(-exponent)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hippos.ops.h3_mix.kernels import (
+    load_bias,
     load_chunks,
     load_shift_operator,
     load_windows,
@@ -33,20 +34,21 @@ from hippos.ops.ssm_conv.kernels_scan import pass_states
 def h3_mix_fwd_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, filter_ptr, skip_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
-    past_ptr, initial_ptr, state_ptr, saved_ptr,
+    past_ptr, initial_ptr, state_ptr, saved_ptr, bias_ptr,
     q_stride_b, q_stride_c, k_stride_b, k_stride_c, v_stride_b, v_stride_c, y_stride_b, y_stride_c,
     past_stride_b, past_stride_c, past_stride_s,
     n_heads, seqlen, n_taps, n_total, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_initial,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr,
     MODES: tl.constexpr, SAVE_SPAN: tl.constexpr, PLANES: tl.constexpr, SHIFT_PLANES: tl.constexpr,
     IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_PAST: tl.constexpr, WANTS_STATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WRITES_BACK: tl.constexpr, HAS_PAST: tl.constexpr, WANTS_STATE: tl.constexpr,
     IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Y = q * (conv(K, x) + d x), x = v * (conv(shift filter, k) + skip k), for one channel of some pieces.
 
     Pieces and the states that are written are those of `ssm_conv_fwd_kernel`; ``initial`` is the state before each of
-    the first ``n_initial`` pieces, (n_initial, H, 2, MODES).
+    the first ``n_initial`` pieces, (n_initial, H, 2, MODES). ``bias`` (3, H) is added to q, k and v; with WRITES_BACK
+    q and v are overwritten by the sums.
     """
     LANES: tl.constexpr = PIECES * SEGMENTS
     ROWS: tl.constexpr = STEPS * LANES
@@ -59,6 +61,13 @@ def h3_mix_fwd_kernel(
     # Keys enter their product as they are, which is exact; so the scale of a float16 product is the filter's alone.
     is_half: tl.constexpr = k_ptr.dtype.element_ty == tl.float16
     shift, shift_exponent = load_shift_operator(filter_ptr, skip_ptr, channel, n_taps, CHUNK, WINDOW, False, is_half)
+    q_bias, v_bias = load_bias(bias_ptr, channel, HAS_BIAS), load_bias(bias_ptr, 2 * n_heads + channel, HAS_BIAS)
+    if HAS_BIAS:
+        # What the shift SSM makes of a constant: in a sequence's first chunk, and where the filter is past its end.
+        k_bias = tl.load(bias_ptr + n_heads + channel) * two_to(-shift_exponent)
+        is_first = (tl.arange(0, WINDOW) >= WINDOW - CHUNK)[:, None]
+        first_bias = tl.sum(tl.where(is_first, shift, 0.0), axis=0)[None, :] * k_bias
+        later_bias = tl.sum(shift, axis=0)[None, :] * k_bias
     if SHIFT_PLANES == 2:
         shift, shift_rest = split_operator(shift, k_ptr.dtype.element_ty)
     else:
@@ -94,8 +103,8 @@ def h3_mix_fwd_kernel(
         first_group, 0, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
     )
     windows = load_windows(
-        k_ptr, past_ptr, sequence, delta, start, is_row, sequence + delta, 0, seqlen, channel, k_stride_b,
-        past_stride_b, past_stride_c, past_stride_s, n_taps - 1, CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
+        k_ptr, past_ptr, 0.0, sequence, delta, start, is_row, sequence + delta, 0, seqlen, channel, k_stride_b,
+        past_stride_b, past_stride_c, past_stride_s, n_taps - 1, CHUNK, WINDOW, False, HAS_PAST, IS_FULL, IS_WIDE,
     )  # fmt: skip
     for item in tl.range(0, n_items, num_stages=1):
         tile = item % n_tiles
@@ -104,11 +113,17 @@ def h3_mix_fwd_kernel(
             group, tile, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
         )
         value = load_chunks(v_ptr, sequence, delta, v_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
+        if HAS_BIAS:
+            value = (value.to(tl.float32) + v_bias).to(v_ptr.dtype.element_ty)
+            if WRITES_BACK:
+                store_chunks(v_ptr, value, sequence, delta, v_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         key = tl.dot(windows, shift, input_precision=PRECISION)
         if SHIFT_PLANES == 2:
             key = tl.dot(windows, shift_rest, key, input_precision=PRECISION)
         if is_half:
             key *= two_to(-shift_exponent)
+        if HAS_BIAS:
+            key += tl.where(start[:, None] == 0, first_bias, later_bias)
         x, x_exponent = scaled_operand(key * value.to(tl.float32), into.dtype, IS_SCALED)
         w = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:
@@ -164,11 +179,15 @@ def h3_mix_fwd_kernel(
             CHUNK, ROWS, TILE, PIECES,
         )  # fmt: skip
         windows = load_windows(
-            k_ptr, past_ptr, next_sequence, next_delta, next_start, is_next, next_sequence + next_delta, 0, seqlen,
+            k_ptr, past_ptr, 0.0, next_sequence, next_delta, next_start, is_next, next_sequence + next_delta, 0, seqlen,
             channel, k_stride_b, past_stride_b, past_stride_c, past_stride_s, n_taps - 1,
-            CHUNK, WINDOW, HAS_PAST, IS_FULL, IS_WIDE,
+            CHUNK, WINDOW, False, HAS_PAST, IS_FULL, IS_WIDE,
         )  # fmt: skip
         query = load_chunks(q_ptr, sequence, delta, q_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
+        if HAS_BIAS:
+            query = (query.to(tl.float32) + q_bias).to(q_ptr.dtype.element_ty)
+            if WRITES_BACK:
+                store_chunks(q_ptr, query, sequence, delta, q_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         acc = tl.dot(x, toeplitz, input_precision=PRECISION)
         if PLANES == 2:
             acc = tl.dot(x, toeplitz_rest, acc, input_precision=PRECISION)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
+from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
 from hippos.ops.h3_mix.state import first_samples
 from hippos.ops.ssm_conv.chunked import Inputs
@@ -23,8 +23,6 @@ from hippos.ops.ssm_conv.schedule import (
     Schedule,
     backward_schedule,
     document_pieces,
-    forward_pieces,
-    forward_schedule,
     groups_per_program,
     is_full,
     is_wide,
@@ -36,9 +34,10 @@ from hippos.ops.ssm_conv.schedule import (
 
 
 class MixInputs(NamedTuple):
-    """The tensors of `h3_mix` for head_dim 1; also their gradients, in which absent ones are empty.
+    """The tensors of `h3_mix`; also their gradients, in which absent ones are empty.
 
-    Signals have a last stride of 1; all but the signals and the past keys are float32 and contiguous.
+    Signals have a last stride of 1; all but the signals and the past keys are float32 and contiguous. A bias (3, D) is
+    yet to be added to q, k and v: `schedule.folds_bias` says when the kernels can do that.
     """
 
     q: Tensor
@@ -52,6 +51,7 @@ class MixInputs(NamedTuple):
     d: Tensor
     past: Tensor | None
     initial_state: Tensor | None
+    bias: Tensor | None = None
 
 
 def h3_mix_fwd(
@@ -61,6 +61,7 @@ def h3_mix_fwd(
     wants_state: bool,
     saves_states: bool,
     schedule: Schedule | None = None,
+    writes_back: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernel, or, for packed documents, that of the shift SSM and those of `ssm_conv`.
 
@@ -70,6 +71,7 @@ def h3_mix_fwd(
         wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor).
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
+        writes_back: Overwrite q and v by their sums with the bias, as the backward pass needs them.
 
     Returns:
         y, laid out in memory like ``q``; the state, shape (B or n_docs, D, M, 2); the saved states.
@@ -80,7 +82,7 @@ def h3_mix_fwd(
         # They lie where the output will, if they can: every sample of theirs is read before its output is written.
         y = key if key.dtype == inputs.q.dtype else torch.empty_like(inputs.q)
         return ssm_conv_fwd(diag, cu_seqlens, wants_state=wants_state, saves_states=saves_states, y=y)
-    q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state = inputs
+    q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state, bias = inputs
     (batch, n_heads, seqlen), device = q.shape, q.device
     n_modes, n_taps = log_a.shape[1], shift_filter.shape[1]
     schedule = schedule or mix_schedule(q.dtype, n_modes, batch, device)
@@ -111,6 +113,7 @@ def h3_mix_fwd(
         q, k, v, y, shift_filter, shift_d,
         operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
         k if past is None else past, y if initial is None else initial, state, saved,
+        shift_d if bias is None else bias,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *y.stride()[:2],
         *((0, 0, 0) if past is None else past.stride()),
         n_heads, seqlen, n_taps, pieces.total, pieces.per_sequence, pieces.length, at.n_tiles, at.n_groups, per_program,
@@ -119,7 +122,7 @@ def h3_mix_fwd(
         STEPS=at.steps, PIECES=at.pieces, SEGMENTS=at.segments, MODES=modes,
         SAVE_SPAN=save_span, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
         IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
-        HAS_PAST=past is not None, WANTS_STATE=wants_state,
+        HAS_BIAS=bias is not None, WRITES_BACK=writes_back, HAS_PAST=past is not None, WANTS_STATE=wants_state,
         IS_FULL=is_full(pieces, at, seqlen), IS_WIDE=is_wide(at, seqlen, *(x.stride(0) for x in (q, k, v, y))),
         num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
     )  # fmt: skip
@@ -141,7 +144,7 @@ def h3_mix_bwd(
     `ssm_conv`, whose gradient for that gate goes through the adjoint of the shift SSM.
 
     Args:
-        inputs: As in `h3_mix_fwd`.
+        inputs: As in `h3_mix_fwd`; q and v with the bias, k without.
         cu_seqlens: As in `h3_mix_fwd`.
         dout: Gradient of y, shape (B, D, L), last stride 1, without gaps in memory.
         dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B or n_docs, D, M, 2), or
@@ -152,7 +155,7 @@ def h3_mix_bwd(
     Returns:
         The gradients; those of signals laid out like ``dout``.
     """
-    q, _, v, _, _, log_a, b, c, d, past, initial_state = inputs
+    q, _, v, _, _, log_a, b, c, d, past, initial_state, _ = inputs
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
     key = _shift_keys(inputs, dk, cu_seqlens)
     diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
@@ -185,12 +188,13 @@ def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None
     schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
     table = _table_of(k, cu_seqlens, pieces)
     shift_conv_kernel[(d_model * parts,)](
-        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past, *table,
+        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past, *_key_bias(inputs), *table,
         *k.stride()[:2], *key.stride()[:2], *((0, 0, 0) if past is None else past.stride()),
         seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
         CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps), ROWS=schedule.rows,
         TILE=at.steps * at.segments, PIECES=at.pieces,
-        PLANES=shift_planes(k.dtype), PRECISION=schedule.precision, HAS_PAST=past is not None,
+        PLANES=shift_planes(k.dtype), PRECISION=schedule.precision,
+        HAS_BIAS=inputs.bias is not None, HAS_PAST=past is not None,
         HAS_TABLE=pieces.has_table, IS_FULL=is_full(pieces, at, seqlen),
         IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)),
     )  # fmt: skip
@@ -209,11 +213,12 @@ def _shift_keys_bwd(
     dshift = torch.empty(d_model * parts, chunk, window, device=k.device)
     if batch > 0:
         shift_conv_bwd_kernel[(d_model * parts,)](
-            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_table_of(k, cu_seqlens, pieces),
+            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_key_bias(inputs), *_table_of(k, cu_seqlens, pieces),
             *k.stride()[:2], *dkey.stride()[:2], *dk.stride()[:2],
             seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
             CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, TILE=at.steps * at.segments, PIECES=at.pieces,
-            PRECISION=schedule.precision, HAS_TABLE=pieces.has_table, IS_FULL=is_full(pieces, at, seqlen),
+            PRECISION=schedule.precision, HAS_BIAS=inputs.bias is not None, HAS_TABLE=pieces.has_table,
+            IS_FULL=is_full(pieces, at, seqlen),
             IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)),
         )  # fmt: skip
     shift_filter_bwd_kernel[(d_model,)](
@@ -221,6 +226,11 @@ def _shift_keys_bwd(
         CHUNK=chunk, WINDOW=window, TAPS=next_power_of_two(n_taps), num_warps=8,
     )  # fmt: skip
     return dk, dfilter, dskip
+
+
+def _key_bias(inputs: MixInputs) -> tuple[Tensor]:
+    """The bias of the keys, (D,), or anything where there is none."""
+    return (inputs.shift_d if inputs.bias is None else inputs.bias[1],)
 
 
 def _place_shift(k: Tensor, cu_seqlens: Tensor | None) -> tuple[Schedule, Pieces, Geometry, int, int]:
@@ -239,27 +249,6 @@ def _place_shift(k: Tensor, cu_seqlens: Tensor | None) -> tuple[Schedule, Pieces
 def _table_of(k: Tensor, cu_seqlens: Tensor | None, pieces: Pieces) -> tuple[Tensor, Tensor]:
     """The places of packed documents' pieces, and the offsets; anything where there are none."""
     return (k, k) if cu_seqlens is None else (place_documents(cu_seqlens, k.shape[-1], pieces), cu_seqlens)
-
-
-def mix_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torch.device) -> Schedule:
-    """The forward kernel's sizes: those of `ssm_conv`, but for the registers.
-
-    A third program on a multiprocessor hides more than a few spilled registers cost; the scan over many segments of a
-    few sequences spills too many.
-    """
-    schedule = forward_schedule(dtype, n_modes, device)
-    return replace(schedule, max_registers=None) if batch < FEW_SEQUENCES else schedule
-
-
-FEW_SEQUENCES = 4
-
-
-def mix_pieces(batch: int, n_heads: int, seqlen: int, schedule: Schedule) -> Pieces:
-    """Pieces for the forward pass: whole sequences where that fills a GPU, as states between pieces need k' first."""
-    whole = Pieces(batch, 1, seqlen)
-    if n_heads * place(whole, schedule, has_segments=True).n_groups >= schedule.least_programs:
-        return whole
-    return forward_pieces(batch, n_heads, seqlen, schedule)
 
 
 def window_len(chunk: int, n_taps: int) -> int:

@@ -152,7 +152,7 @@ def h3_heads_bwd(
     Returns:
         The gradients; those of signals laid out like ``dout``.
     """
-    q, k, v, _, _, log_a, _, _, _, past, initial_state = inputs
+    q, k, v, _, _, log_a, _, _, _, past, initial_state, _ = inputs
     passes = _passes(inputs, cu_seqlens, head_dim)
     dstate = None if dstate is None else _pad_modes(dstate, passes.modes)
     key = _shift_keys(inputs, torch.empty_like(dout, dtype=k.dtype), cu_seqlens)

@@ -1,0 +1,117 @@
+"""Projections and mixing in one operator are the projections, then the mixing, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from hippos.layers import H3
+from hippos.ops import h3_mix
+from hippos.ops.h3_mix.projected import h3_mix_projected, h3_mix_projected_op
+from tests.ops.ssm_cases import Draw, leaves, relative_error
+from tests.ops.test_h3_mix_triton import INTERPRETED, ROUNDING
+
+pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")]
+
+
+def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_bias=True):
+    """Tokens, weights and biases; the layer's parameters; the gradient of y, (D, B, L) in memory."""
+    random = Draw(dtype=torch.float32)
+    u = random.normal(batch, seqlen, d_model, dtype=dtype)
+    weight = (random.normal(3 * d_model, d_model) / d_model**0.5).to(dtype)
+    bias = random.normal(3 * d_model, dtype=dtype) if has_bias else None
+    layer = (random.normal(d_model, n_taps), random.normal(d_model), *random.modes(d_model, n_modes))
+    dout = random.normal(d_model, batch, seqlen, dtype=dtype).transpose(0, 1)
+    return [u, weight, bias, *layer, random.normal(d_model)], dout
+
+
+def one_by_one(u, weight, bias, *layer, cu_seqlens=None):
+    """The same by plain products and the definition of the mixing."""
+    q, k, v = torch.nn.functional.linear(u, weight, bias).transpose(1, 2).chunk(3, dim=1)
+    return h3_mix(q, k, v, *layer, cu_seqlens=cu_seqlens, impl="torch")
+
+
+def gradients_of(function, inputs, dout, dtype=None, **options):
+    tensors = leaves(*inputs, dtype=dtype)
+    y = function(*tensors, **options)
+    present = [x for x in tensors if x is not None]
+    return [y.detach(), *torch.autograd.grad(y, present, dout.to(y.dtype))]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients(has_bias):
+    inputs, dout = make_inputs(2, 3, 70, 8, 4, torch.float32, has_bias=has_bias)
+    found = gradients_of(h3_mix_projected, inputs, dout)
+    wanted = gradients_of(one_by_one, inputs, dout, torch.float64)
+    assert found[0].stride() == (70, 140, 1)
+    for got, want in zip(found, wanted, strict=True):
+        assert relative_error(got, want) < 1e-5
+    tensors = leaves(*inputs)
+    with torch.no_grad():
+        assert torch.equal(h3_mix_projected(*tensors), found[0])
+
+
+def test_packed_documents():
+    inputs, dout = make_inputs(1, 2, 60, 8, 4, torch.float32)
+    offsets = torch.tensor([0, 7, 7, 40, 60])
+    found = gradients_of(h3_mix_projected, inputs, dout, cu_seqlens=offsets)
+    wanted = gradients_of(one_by_one, inputs, dout, torch.float64, cu_seqlens=offsets)
+    for got, want in zip(found, wanted, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
+def test_opcheck():
+    inputs, _ = make_inputs(2, 2, 20, 4, 3, torch.float32)
+    opcheck(h3_mix_projected_op, (*leaves(*inputs), None, True))
+    inputs, _ = make_inputs(1, 2, 20, 4, 3, torch.float32, has_bias=False)
+    opcheck(h3_mix_projected_op, (*leaves(*inputs), torch.tensor([0, 5, 20]), True))
+    opcheck(h3_mix_projected_op, (*inputs, None, False))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler does not run Triton's interpreter")
+def test_compiled_without_a_break():
+    inputs, dout = make_inputs(2, 2, 37, 4, 3, torch.float32)
+    compiled = torch.compile(h3_mix_projected, backend="aot_eager", fullgraph=True)
+    found, wanted = gradients_of(compiled, inputs, dout), gradients_of(h3_mix_projected, inputs, dout)
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestGpu:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("offsets", [None, [0, 300, 1000]])
+    def test_values_and_gradients(self, dtype, offsets):
+        batch = 4 if offsets is None else 1
+        inputs, dout = make_inputs(batch, 256, 1000, 64, 32, dtype)
+        inputs, dout = [x.cuda() for x in inputs], dout.cuda()
+        packed = None if offsets is None else torch.tensor(offsets, device="cuda")
+        found = gradients_of(h3_mix_projected, inputs, dout, cu_seqlens=packed)
+        again = gradients_of(h3_mix_projected, inputs, dout, cu_seqlens=packed)
+        wanted = gradients_of(one_by_one, inputs, dout, torch.float64, cu_seqlens=packed)
+        # Queries, keys and values are rounded, then what is made of them.
+        limit = 4 * ROUNDING[dtype] if dtype == torch.bfloat16 else 2e-5
+        for got, want, same in zip(found, wanted, again, strict=True):
+            assert relative_error(got, want) < limit
+            assert torch.equal(got, same)
+
+    def test_a_layer_takes_it(self):
+        torch.manual_seed(0)
+        layer = H3(256, d_state=64, device="cuda")
+        u = torch.randn(4, 200, 256, device="cuda", requires_grad=True)
+        wanted = H3(256, d_state=64, dtype=torch.float64)
+        wanted.load_state_dict({name: x.double().cpu() for name, x in layer.state_dict().items()})
+        exact = u.detach().cpu().double().requires_grad_()
+        y, want = layer(u), wanted(exact)
+        dout = Draw().normal(*y.shape)
+        want.backward(dout)
+        y.backward(dout.float().cuda())
+        assert relative_error(y.cpu(), want) < 1e-5
+        assert relative_error(u.grad.cpu(), exact.grad) < 1e-5
+        parameters = zip(layer.named_parameters(), wanted.parameters(), strict=True)
+        errors = {name: relative_error(found.grad.cpu(), exact.grad) for (name, found), exact in parameters}
+        assert max(errors.values()) < 3e-5, errors
+        with torch.autocast("cuda", torch.bfloat16):
+            assert relative_error(layer(u).cpu(), want) < 4 * ROUNDING[torch.bfloat16]
