@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hippos.models import H3Config, H3ForCausalLM
 from hippos.train import RunProgress, TrainConfig, apply_settings, train, trainer
+from hippos.train.arguments import recompute_cheap_parts
 from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.metrics import read_metrics
 
@@ -60,3 +61,28 @@ def test_a_compiled_run(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.M
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
     plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
     assert found.keys() == plain.keys()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_cheap_parts_are_made_again(is_compiled: bool) -> None:
+    torch.manual_seed(0)
+    model = H3ForCausalLM(H3Config(**SIZES, attn_layers=(1, 3))).train()
+    ids = torch.randint(31, (2, 40))
+    torch._dynamo.reset()
+    found = []
+    for is_again in (False, True):
+        if is_again:
+            recompute_cheap_parts(model)
+            if is_compiled:
+                compile_blocks(model, backend="aot_eager", fullgraph=True)
+        widths: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (widths.append(x.shape[-1:]), x)[1], lambda x: x):  # noqa: B023
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}, widths))
+        model.zero_grad()
+    (loss, gradients, kept), (loss_again, gradients_again, kept_again) = found
+    torch.testing.assert_close(loss_again, loss, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-4, atol=1e-6)
+    assert kept_again.count((64,)) < kept.count((64,))  # the MLP's inner width

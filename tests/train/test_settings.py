@@ -93,6 +93,7 @@ def test_every_field_of_every_section_can_be_set() -> None:
         "data.seqlen",
         "optim.beta1",
         "run.compile",
+        "run.recompute_cheap_parts",
         "model.preset",
         "model.rotary_dim",
         "model.attn_layers",

@@ -42,4 +42,12 @@ class MLP(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Map tokens, shape (..., D), to tokens of the same shape."""
-        return project_tokens(self.fc2, F.gelu(project_tokens(self.fc1, u), approximate="tanh"))
+        return self.narrow(self.widen(u))
+
+    def widen(self, u: Tensor) -> Tensor:
+        """The first half: tokens (..., D) to the inner width, before the GELU."""
+        return project_tokens(self.fc1, u)
+
+    def narrow(self, inner: Tensor) -> Tensor:
+        """The second half: GELU, and back to D."""
+        return project_tokens(self.fc2, F.gelu(inner, approximate="tanh"))

@@ -11,10 +11,17 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from hippos.errors import ConfigError
+from hippos.models.block import H3Block
 from hippos.train.config import TrainConfig
 from hippos.train.processes import Processes
 
-__all__ = ["checkpoint_activations", "micro_batch_size", "seed_process", "training_arguments"]
+__all__ = [
+    "checkpoint_activations",
+    "micro_batch_size",
+    "recompute_cheap_parts",
+    "seed_process",
+    "training_arguments",
+]
 
 
 def seed_process(seed: int, processes: Processes, step: int) -> None:
@@ -96,3 +103,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # Transformers 5.2x renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
+
+
+def recompute_cheap_parts(model: PreTrainedModel) -> None:
+    """Let a model compute norms and GELUs of its MLPs again in the backward pass, but no product."""
+    for block in model.modules():
+        if isinstance(block, H3Block):
+            block.recomputes_cheap_parts = True

@@ -178,6 +178,8 @@ class RunConfig:
         parallel: With several processes: "ddp", each holds the whole model, or "fsdp", they share it out (FSDP2).
         context_parallel: Processes that share each sequence, for sequences too long for one.
         activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
+        recompute_cheap_parts: Compute what costs little again in the backward pass: the norms before the MLPs and their
+            GELUs. No product is computed twice.
         compile: Compile the model's blocks with torch.compile.
         deterministic: On CUDA, use only algorithms that repeat bit for bit.
         baselines: After the last step, score unigram and trigram models on the validation text.
@@ -196,6 +198,7 @@ class RunConfig:
     parallel: Parallel = "ddp"
     context_parallel: int = 1
     activation_checkpointing: bool = False
+    recompute_cheap_parts: bool = False
     compile: bool = False
     deterministic: bool = True
     baselines: bool = False

@@ -40,6 +40,8 @@ def too_large(config: TrainConfig, micro_batch_size: int, device: torch.device, 
     if micro_batch_size > 1:
         smaller = max(size for size in range(1, micro_batch_size) if micro_batch_size % size == 0)
         ways.append(f"--set micro_batch_size={smaller} (the same training, more passes a step)")
+    if not (config.run.activation_checkpointing or config.run.recompute_cheap_parts):
+        ways.append("--set recompute_cheap_parts=yes (a little more work)")
     if not config.run.activation_checkpointing:
         ways.append("--set activation_checkpointing=yes (a third more work)")
     if config.run.parallel != "fsdp":

@@ -33,7 +33,12 @@ from hippos.errors import TrainingError
 from hippos.evaluate import score_packed
 from hippos.layers import param_groups
 from hippos.models.context import ContextPart, split_context
-from hippos.train.arguments import checkpoint_activations, seed_process, training_arguments
+from hippos.train.arguments import (
+    checkpoint_activations,
+    recompute_cheap_parts,
+    seed_process,
+    training_arguments,
+)
 from hippos.train.checkpointing import CheckpointingTrainer
 from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.config import TrainConfig
@@ -121,6 +126,8 @@ class RunTrainer(CheckpointingTrainer):
         self._flops_per_token = training_flops_per_token(model, config.data.seqlen)
         if config.run.activation_checkpointing:
             checkpoint_activations(model)
+        elif config.run.recompute_cheap_parts:
+            recompute_cheap_parts(model)
         if config.run.compile:
             compile_blocks(model)
         if config.run.parallel == "fsdp" and not processes.is_alone:

@@ -16,6 +16,7 @@ from hippos.bench.harness import Clock, Context, Finding, Goal, Method, Workload
 from hippos.bench.harness.case import Samples
 from hippos.layers import param_groups
 from hippos.ops import linear_cross_entropy
+from hippos.train.arguments import recompute_cheap_parts
 from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.flops import peak_flops, training_flops_per_token
 
@@ -35,6 +36,7 @@ class StepSize:
         baseline: The model that the others are compared with; None for none.
         goals: Name of a model to how often the baseline's tokens/s it should reach.
         is_compiled: Whether the models' blocks go through torch.compile.
+        frugal: Names of models that make norms and GELUs of their MLPs again in the backward pass.
         has_parts: Whether to time mixers, MLPs and loss of each model on their own too.
     """
 
@@ -44,6 +46,7 @@ class StepSize:
     n_tokens: int = 32768
     goals: Mapping[str, float] = field(default_factory=dict, hash=False)
     is_compiled: bool = True
+    frugal: tuple[str, ...] = ()
     has_parts: bool = True
 
 
@@ -54,9 +57,10 @@ class _Training:
         model: A causal language model of Transformers' conventions, H3 or GPT-2.
         size: Of the step.
         context: Where it runs.
+        is_frugal: Whether norms and GELUs are made again in the backward pass.
     """
 
-    def __init__(self, model: Any, size: StepSize, context: Context) -> None:
+    def __init__(self, model: Any, size: StepSize, context: Context, *, is_frugal: bool = False) -> None:
         self.device = context.device
         before = self._allocated()
         self.model = model.to(context.device).train()
@@ -64,6 +68,8 @@ class _Training:
         generator = context.generator()
         self.ids = torch.randint(model.config.vocab_size, shape, generator=generator, device=context.device)
         self.trunk: nn.Module = model.model if hasattr(model, "model") else model.transformer
+        if is_frugal:
+            recompute_cheap_parts(model)
         if size.is_compiled:
             compile_blocks(model)
         groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
@@ -118,8 +124,10 @@ class _Training:
         self.update()
 
     def sample(self, clock: Clock) -> dict[str, float]:
-        """Time a step and its two halves."""
-        start = clock.start()
+        """Time a step and its two halves, behind another step, as in a training that never waits for the device."""
+        if self.device.type == "cuda":
+            self.step()
+        start = clock.mark()
         self.passes()
         middle = clock.mark()
         self.update()
@@ -185,7 +193,7 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
     with torch.random.fork_rng(), context.device:  # millions of random numbers are drawn faster on a GPU
         torch.manual_seed(context.seed)
         trainings = {
-            name: _Training(BUILDERS[kind](fields, dtype="float32"), size, context)
+            name: _Training(BUILDERS[kind](fields, dtype="float32"), size, context, is_frugal=name in size.frugal)
             for name, (kind, fields) in size.models.items()
         }
     methods: dict[str, Method] = {name: training.sample for name, training in trainings.items()}
