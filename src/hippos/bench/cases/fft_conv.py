@@ -9,9 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hippos.bench.cases.extra_memory import extra_memory
 from hippos.bench.cases.replay import Work, copy_of_two, eager, replayed
 from hippos.bench.cases.ssm_conv import BOTH, FORWARD
-from hippos.bench.harness import Context, Goal, Method, Workload
+from hippos.bench.harness import Context, Finding, Goal, Method, Workload
+from hippos.bench.harness.case import Samples
+from hippos.bench.harness.result import paired_ratio
 from hippos.ops import fft_conv
 
 COPY, OURS, EAGER, FFT = "copy", "fft_conv", "fft_conv, eager", "torch.fft"
@@ -62,6 +65,7 @@ def prepare_fft_conv(
         baseline=COPY,
         work_per_call=dict.fromkeys((FORWARD, BOTH), size.batch * size.seqlen),
         goals=_goals(size.seqlen, goals_ms.get(size.seqlen), copy_ms),
+        findings=partial(_findings, memory=extra_memory(by_kernels, inputs)),
         notes={
             "timed": "replays of CUDA graphs, except where a method is called eager",
             "counted": "the filter is given in float32; every call transforms it",
@@ -84,6 +88,14 @@ def _goals(seqlen: int, most_ms: tuple[float, float] | None, copy_ms: float) -> 
         for measure, limit in zip((FORWARD, BOTH), most_ms, strict=True)
     )
     return (*((gain,) if seqlen <= LONGEST_GAINING else ()), *times)
+
+
+def _findings(samples: Samples, *, memory: list[Finding]) -> list[Finding]:
+    gains = (
+        Finding(f"{measure}, times faster than {FFT}", paired_ratio(samples[FFT, measure], samples[OURS, measure]), "x")
+        for measure in (FORWARD, BOTH)
+    )
+    return [*gains, *memory]
 
 
 def _make_inputs(size: FftSize, context: Context) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hippos.bench.cases.extra_memory import extra_memory
 from hippos.bench.cases.replay import Work, copy_of_two, eager, replayed
 from hippos.bench.cases.ssm_conv import BOTH, FORWARD, draw_ssm, fast_fft_length
 from hippos.bench.harness import Context, Finding, Goal, Method, Workload
@@ -94,7 +95,7 @@ def prepare_ssm_conv_kernel(size: KernelSize, context: Context, *, goals: Kernel
         baseline=COPY,
         work_per_call=dict.fromkeys((FORWARD, BOTH), size.batch * size.seqlen),
         goals=_goals(size, goals, has_attention=ATTENTION in methods),
-        findings=partial(_findings, memory=_extra_memory(inputs)),
+        findings=partial(_findings, memory=extra_memory(_gated_conv, inputs)),
         notes={
             "timed": "replays of CUDA graphs, except where a method is called eager",
             "counted": "ssm_conv makes its chunk operators from the SSM parameters in every call, unless given",
@@ -153,7 +154,7 @@ def _goals(size: KernelSize, goals: KernelGoals | None, *, has_attention: bool) 
     return tuple(wanted)
 
 
-def _findings(samples: Samples, *, memory: Mapping[str, float]) -> list[Finding]:
+def _findings(samples: Samples, *, memory: list[Finding]) -> list[Finding]:
     """How many times faster than the peers, and the memory taken beside inputs and outputs."""
     times = {key: statistics.median(seconds) for key, seconds in samples.items()}
     found = [
@@ -161,25 +162,7 @@ def _findings(samples: Samples, *, memory: Mapping[str, float]) -> list[Finding]
         for (method, measure), seconds in times.items()
         if method in (FFT, BLOCK_FFT, ATTENTION, RETENTION)
     ]
-    return found + [
-        Finding(f"extra memory, {name}", value, "% of inputs and outputs") for name, value in memory.items()
-    ]
-
-
-def _extra_memory(inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """The most memory beside inputs, outputs and gradients, in % of the forward pass's inputs and outputs."""
-    n_signal = inputs[0].numel() * inputs[0].element_size()
-    moved = 4 * n_signal
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
-        _gated_conv(*inputs)
-    forward = torch.cuda.max_memory_allocated() - before - n_signal
-    torch.cuda.reset_peak_memory_stats()
-    y = _gated_conv(*inputs)
-    torch.autograd.grad(y, inputs, y.detach())
-    both = torch.cuda.max_memory_allocated() - before - 4 * n_signal
-    return {FORWARD: 100 * forward / moved, BOTH: 100 * both / moved}
+    return found + memory
 
 
 def _gated_conv(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, d: Tensor, in_gate: Tensor, out_gate: Tensor) -> Tensor:
