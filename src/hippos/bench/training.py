@@ -8,6 +8,8 @@ from hippos.bench.cases.training_step import StepSize, prepare_training_step
 from hippos.bench.harness import Case, Plan, Suite
 
 HYBRID, GPT2 = "H3 hybrid 125M", "GPT-2 124M"
+FRUGAL = f"{HYBRID}, norms and GELUs made again"
+FRUGAL_SEQLEN = 8192  # where memory is compared
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY: dict[str, Any] = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_GPT2 = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
@@ -18,7 +20,9 @@ def _size(seqlen: int, goal: float) -> StepSize:
         HYBRID: ("h3", {"preset": "125m"}),
         GPT2: ("gpt2", {**NO_DROPOUT, "n_positions": seqlen}),
     }
-    return StepSize(seqlen, models, GPT2, goals={HYBRID: goal})
+    if seqlen == FRUGAL_SEQLEN:
+        models[FRUGAL] = models[HYBRID]
+    return StepSize(seqlen, models, GPT2, goals={name: goal for name in models if name != GPT2}, frugal=(FRUGAL,))
 
 
 TRAINING_STEP = Case(

@@ -9,7 +9,7 @@ import torch
 
 from hippos.bench.cases.training_step import OPTIMISER, PASSES, STEP, prepare_training_step
 from hippos.bench.harness import Clock, Context
-from hippos.bench.training import GPT2, HYBRID, SUITE, TRAINING_STEP, UTILISATION
+from hippos.bench.training import FRUGAL, GPT2, HYBRID, SUITE, TRAINING_STEP, UTILISATION
 
 CPU = Context(torch.device("cpu"), is_quick=True)
 
@@ -43,6 +43,7 @@ def test_steps_train() -> None:
 
 
 def test_goals_are_those_that_were_set() -> None:
-    assert [dict(size.goals) for size in TRAINING_STEP.sizes] == [{HYBRID: goal} for goal in (1.05, 1.15, 1.5, 2.4)]
+    assert [size.goals[HYBRID] for size in TRAINING_STEP.sizes] == [1.05, 1.15, 1.5, 2.4]
+    assert [FRUGAL in size.models for size in TRAINING_STEP.sizes] == [False, False, True, False]
     assert [size.seqlen for size in TRAINING_STEP.sizes] == [1024, 2048, 8192, 32768]
     assert SUITE.device == "cuda"

@@ -199,7 +199,8 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
     methods: dict[str, Method] = {name: training.sample for name, training in trainings.items()}
     if size.has_parts:
         for name, training in trainings.items():
-            methods |= {f"{name}: {part}": method for part, method in training.parts().items()}
+            if name not in size.frugal:
+                methods |= {f"{name}: {part}": method for part, method in training.parts().items()}
     return Workload(
         methods=methods,
         check=lambda: {name: training.error() for name, training in trainings.items()},
