@@ -44,7 +44,7 @@ TRAINING_STEP = Case(
     ),
     prepare=prepare_training_step,
     labels=("seqlen",),
-    plan=Plan(warmup=2, rounds=7),
+    plan=Plan(warmup=1, rounds=5),
 )
 
 UTILISATION = Case(
@@ -62,7 +62,7 @@ UTILISATION = Case(
     ),
     prepare=prepare_training_step,
     labels=("seqlen",),
-    plan=Plan(warmup=2, rounds=7),
+    plan=Plan(warmup=1, rounds=5),
 )
 
 SUITE = Suite(name="training", title="Speed of training on a GPU", cases=(TRAINING_STEP, UTILISATION), device="cuda")
