@@ -146,4 +146,5 @@ def test_backward(batch, seqlen, run, n_pieces):
     loss = sum((x * gradient).sum() for x, gradient in zip((toeplitz, *made[1:]), sums, strict=True))
     found = (*gradients, *torch.autograd.grad(loss, present[3:]))
     for got, want in zip(found, wanted, strict=True):
-        assert relative_error(got, want) < 3 * ROUNDING[torch.bfloat16]
+        # Few numbers do not average their errors out.
+        assert relative_error(got, want) < (3 if want.numel() > 256 else 6) * ROUNDING[torch.bfloat16]
