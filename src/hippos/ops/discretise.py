@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.arguments import PARAMETER_DTYPES, check_finite, check_tensor
+from hippos.ops.kernel_device import has_parameter_kernels
 from hippos.ops.pairs import Pair, add, join_pairs, multiply, multiply_conj, scale, split_pairs
 from hippos.ops.stacking import stack_as_channels
 from hippos.ops.tracing import is_exporting
@@ -161,6 +162,10 @@ class _Near(NamedTuple):
 @torch.library.custom_op("hippos::discretise", mutates_args=())
 def discretise_op(A: Tensor, B: Tensor, dt: Tensor, is_zoh: bool) -> tuple[Tensor, Tensor]:
     """`_convert` as one node: automatic differentiation would take hundreds of small steps."""
+    if not is_zoh and has_parameter_kernels(A, B, dt):
+        from hippos.ops.parameters.launch import bilinear
+
+        return bilinear(A, B, dt)
     return _convert(A, B, dt, is_zoh)
 
 
@@ -194,6 +199,10 @@ def discretise_backward_op(
     A: Tensor, B: Tensor, dt: Tensor, d_log_a: Tensor, d_b: Tensor, is_zoh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_gradients` as one node."""
+    if not is_zoh and has_parameter_kernels(A, B, dt):
+        from hippos.ops.parameters.launch import bilinear_bwd
+
+        return bilinear_bwd(A, B, dt, d_log_a, d_b)
     return _gradients(A, B, dt, d_log_a, d_b, is_zoh)
 
 

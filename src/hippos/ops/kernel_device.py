@@ -7,6 +7,7 @@ import os
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from hippos.ops.tracing import constant_in_traces
 
@@ -31,6 +32,13 @@ def why_not_device(device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
     return None
+
+
+def has_parameter_kernels(*parameters: Tensor) -> bool:
+    """Whether the GPU programs of hippos.ops.parameters run for these tensors."""
+    if is_interpreted() or any(x.device.type != "cuda" or x.dtype != torch.float32 for x in parameters):
+        return False
+    return parameters[0].numel() > 0 and why_not_device(parameters[0].device) is None
 
 
 @constant_in_traces

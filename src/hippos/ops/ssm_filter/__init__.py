@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import PARAMETER_DTYPES, Impl, check_finite, check_impl, check_modes, check_tensor
+from hippos.ops.kernel_device import has_parameter_kernels
+from hippos.ops.parameters.shift_filter import shift_filter_kernel_op
 from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_filter.reference import ssm_filter_reference
 from hippos.ops.ssm_filter.two_level import ssm_filter_torch
+from hippos.ops.tracing import is_exporting
 
 __all__ = ["shift_filter", "ssm_filter"]
 
@@ -72,6 +75,8 @@ def shift_filter(b: Tensor, c: Tensor) -> Tensor:
     d_state = b.shape[1]
     if d_state < 1:
         raise ValueError(f"the shift SSM needs at least one state, got shape {tuple(b.shape)}")
+    if has_parameter_kernels(b, c) and not is_exporting():
+        return shift_filter_kernel_op(b, c)
     # Row n of the Hankel matrix holds c[n:], zero beyond the end, so that the product sums c[n + l] b[n]. Its entries
     # are copied out: a CPU multiplies overlapping rows one matrix after the other.
     hankel = torch.nn.functional.pad(c, (0, d_state - 1)).unfold(-1, d_state, 1).contiguous()  # (D, N, N)
