@@ -11,6 +11,7 @@ from torch import Tensor
 from hippos import H3Config, H3ForCausalLM
 from hippos.generate import Generator, Sampling, generate
 from hippos.generate.fused_step import FusedStep
+from hippos.generate.h3_decoder import H3Decoder
 
 pytestmark = pytest.mark.gpu
 N_NEW = 12
@@ -78,6 +79,21 @@ def test_fused_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
     for token in text[:, 10:].unbind(1):
         decoder.advance(token)
     assert _distance(decoder.logits(), wanted) < 1.5 * plain + 2e-3
+
+
+@pytest.mark.parametrize("chunk_len", [None, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]])
+@torch.no_grad()
+def test_ragged_prompts_are_read_as_near_to_float64_as_by_the_layers(shape, dtype, chunk_len):
+    exact, model = make_model(**shape), make_model(**shape, dtype=dtype)
+    texts = [draw(n, seed=n) for n in (70, 200, 1, 129)]
+    wanted = torch.stack([exact(text[None]).logits[0, -1] for text in texts])
+    plain = torch.stack([model(text[None]).logits[0, -1] for text in texts])
+    state = Generator(model, chunk_len=chunk_len).read(texts)
+    decoder = H3Decoder(model, state)
+    assert decoder._reads_fused
+    assert _distance(decoder.logits(), wanted) < 1.5 * _distance(plain, wanted) + 2e-3
 
 
 def test_sampling_in_a_graph_is_repeatable_and_the_same_as_without():
