@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor
+from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor, compute_dtype
 
 
 class H3State(NamedTuple):
@@ -86,5 +86,6 @@ def last_samples(x: Tensor, past: Tensor | None, cu_seqlens: Tensor, count: int)
         return torch.where(is_inside, samples, 0)
     before = (place + past.shape[-1]).unsqueeze(1)  # (n_docs, 1, count)
     at = before.clamp(0, past.shape[-1] - 1).expand(-1, past.shape[1], -1)
-    earlier = torch.where(before >= 0, past.to(x.dtype).gather(-1, at), 0)
+    # In float32: the gradient's sums of 16-bit numbers would touch the two bytes behind an odd number of them.
+    earlier = torch.where(before >= 0, past.to(compute_dtype(x)).gather(-1, at), 0).to(x.dtype)
     return torch.where(is_inside, samples, earlier)
