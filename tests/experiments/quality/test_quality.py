@@ -18,6 +18,7 @@ from hippos.experiments.quality import (
     Run,
     Study,
     compare,
+    draw_curves,
     find_runs,
     paired_difference,
     print_table,
@@ -102,6 +103,7 @@ def test_a_run_cut_short_is_named_and_not_counted() -> None:
 
 def test_seeds_of_a_model_are_lines_of_one_colour(tmp_path: Path) -> None:
     runs = [replace(run, validation=((10, 4.0), (20, 3.0))) for run in _runs()]
+    assert draw_curves(runs, tmp_path / "quality.png").stat().st_size > 10_000
     page = write_curves(runs, tmp_path / "quality.html").read_text()
     assert page.count("<polyline") == 6
     assert page.count(">hybrid H3</text>") == 1

@@ -13,6 +13,7 @@ import torch
 
 from hippos.bench.harness.machine import describe_machine
 from hippos.errors import HipposError
+from hippos.experiments.quality.figures import draw_curves
 from hippos.experiments.quality.results import Run, find_runs, write_results
 from hippos.experiments.quality.study import ORDER, Study, runs_of, small_study
 from hippos.experiments.quality.table import print_table, write_curves
@@ -78,6 +79,7 @@ def _write(study: Study, out: Path) -> list[Run]:
         write_results(study, runs, out, asdict(describe_machine(device)))
         (out / "quality.md").write_text(print_table(runs) + "\n", encoding="utf-8")
         write_curves(runs, out / "quality.html")
+        draw_curves(runs, out / "quality.png")
     return runs
 
 

@@ -68,17 +68,15 @@ def paired_difference(runs: Sequence[Run]) -> PairedDifference | None:
 
 def print_table(runs: Sequence[Run]) -> str:
     """A Markdown table of perplexities on held-out text, and the hybrid H3 against the Transformer by seed."""
-    lines = ["| model | parameters | perplexity, mean over seeds | each seed | tokens/s |", "|---|---|---|---|---|"]
+    lines = ["| model | parameters | perplexity, mean over seeds | each seed |", "|---|---|---|---|"]
     for mixer in sorted({run.mixer for run in runs}, key=lambda name: (*ORDER, name).index(name)):
         own = [run for run in runs if run.mixer == mixer and run.perplexity is not None]
         values = [run.perplexity for run in own if run.perplexity is not None]
         if not values:
             continue
-        speeds = [run.tokens_per_s for run in own if run.tokens_per_s is not None]
-        speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else ""
         each = ", ".join(f"{value:.2f}" for value in values)
         mean = sum(values) / len(values)
-        lines.append(f"| {MIXERS[mixer]} | {own[0].parameters:,} | {mean:.2f} | {each} | {speed} |")
+        lines.append(f"| {MIXERS[mixer]} | {own[0].parameters:,} | {mean:.2f} | {each} |")
     if (found := paired_difference(runs)) is not None:
         each = ", ".join(f"{value:+.2f}" for value in found.by_seed.values())
         margin = "" if found.margin is None else f", 95 % interval of the mean +-{found.margin:.2f}"
