@@ -187,7 +187,7 @@ def h3_mix_kernel_backward_op(
     from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
     tensors = MixInputs(*laid_out(inputs))
-    return tuple(h3_mix_bwd(tensors, cu_seqlens, without_gaps(dout), dstate, saved.contiguous()))  # type: ignore[return-value]
+    return h3_mix_bwd(tensors, cu_seqlens, without_gaps(dout), dstate, saved.contiguous())
 
 
 @h3_mix_kernel_backward_op.register_fake

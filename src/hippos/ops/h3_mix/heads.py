@@ -98,7 +98,7 @@ def h3_heads_kernel_backward_op(
 
     dstate = None if dstate is None else dstate.contiguous()
     tensors = MixInputs(*laid_out(inputs))
-    return tuple(h3_heads_bwd(tensors, cu_seqlens, head_dim, without_gaps(dout), dstate))  # type: ignore[return-value]
+    return h3_heads_bwd(tensors, cu_seqlens, head_dim, without_gaps(dout), dstate)
 
 
 @h3_heads_kernel_backward_op.register_fake

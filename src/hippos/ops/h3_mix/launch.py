@@ -34,7 +34,7 @@ from hippos.ops.ssm_conv.schedule import (
 
 
 class MixInputs(NamedTuple):
-    """The tensors of `h3_mix`; also their gradients, in which absent ones are empty.
+    """The tensors of `h3_mix`.
 
     Signals have a last stride of 1; all but the signals and the past keys are float32 and contiguous. A bias (3, D) is
     yet to be added to q, k and v: `schedule.folds_bias` says when the kernels can do that.
@@ -52,6 +52,10 @@ class MixInputs(NamedTuple):
     past: Tensor | None
     initial_state: Tensor | None
     bias: Tensor | None = None
+
+
+# The gradients of all but the bias, in the same order; those of absent tensors are empty.
+MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def h3_mix_fwd(
@@ -137,7 +141,7 @@ def h3_mix_bwd(
     saved: Tensor,
     *,
     joint: Tensor | None = None,
-) -> MixInputs:
+) -> MixGradients:
     """Run the backward kernels.
 
     The shifted keys are made again in the dtype of the keys; with them as a gate the rest is the backward pass of
@@ -164,7 +168,7 @@ def h3_mix_bwd(
     dpast = torch.empty(0, device=q.device)
     if past is not None:
         dpast, dfilter, dskip = _past_gradient(inputs, dkey, dfilter, dskip, cu_seqlens)
-    return MixInputs(dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial)
+    return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
 
 
 def _past_gradient(

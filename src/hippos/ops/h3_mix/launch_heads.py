@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_heads import h3_heads_kernel, h3_heads_parameters_kernel
 from hippos.ops.h3_mix.launch import (
+    MixGradients,
     MixInputs,
     _drop_padding,
     _pad_modes,
@@ -139,7 +140,7 @@ def h3_heads_fwd(
 
 def h3_heads_bwd(
     inputs: MixInputs, cu_seqlens: Tensor | None, head_dim: int, dout: Tensor, dstate: Tensor | None
-) -> MixInputs:
+) -> MixGradients:
     """Run the backward kernels.
 
     Args:
@@ -170,7 +171,7 @@ def h3_heads_bwd(
     if past is not None:
         dpast, dfilter, dskip = _past_gradient(inputs, dkey, dfilter, dskip, cu_seqlens)
     dinitial = torch.empty(0, device=q.device) if dinitial is None else _drop_padding(dinitial, log_a.shape[1])
-    return MixInputs(dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial)
+    return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
 
 
 def _parameter_gradients(
