@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hippos.bench.cases.training_step import StepSize, prepare_training_step
@@ -10,7 +11,7 @@ from hippos.bench.harness import Case, Plan, Suite
 HYBRID, GPT2 = "H3 hybrid 125M", "GPT-2 124M"
 FRUGAL = f"{HYBRID}, norms and GELUs made again"
 LARGE = "H3 hybrid 1.3B"
-FRUGAL_SEQLEN = 8192  # where memory is compared
+PARTS_SEQLENS = (1024, 8192)
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY: dict[str, Any] = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_GPT2 = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
@@ -21,9 +22,13 @@ def _size(seqlen: int, goal: float) -> StepSize:
         HYBRID: ("h3", {"preset": "125m"}),
         GPT2: ("gpt2", {**NO_DROPOUT, "n_positions": seqlen}),
     }
-    if seqlen == FRUGAL_SEQLEN:
-        models[FRUGAL] = models[HYBRID]
-    return StepSize(seqlen, models, GPT2, goals={name: goal for name in models if name != GPT2}, frugal=(FRUGAL,))
+    return StepSize(seqlen, models, GPT2, goals={HYBRID: goal}, has_parts=seqlen in PARTS_SEQLENS)
+
+
+def _frugal_size(seqlen: int, goal: float) -> StepSize:
+    size = _size(seqlen, goal)
+    models = {FRUGAL: size.models[HYBRID], GPT2: size.models[GPT2]}
+    return replace(size, models=models, goals={FRUGAL: goal}, frugal=(FRUGAL,), has_parts=False)
 
 
 TRAINING_STEP = Case(
@@ -41,6 +46,19 @@ TRAINING_STEP = Case(
             n_tokens=256,
             is_compiled=False,
         ),
+    ),
+    prepare=prepare_training_step,
+    labels=("seqlen",),
+    plan=Plan(warmup=1, rounds=5),
+)
+
+MEMORY = Case(
+    name="training_memory",
+    title="The same step with the H3 model's norms and GELUs made again, which takes less memory",
+    sizes=(_frugal_size(8192, 1.5),),
+    quick_sizes=tuple(
+        replace(size, models={FRUGAL: size.models[HYBRID], GPT2: size.models[GPT2]}, frugal=(FRUGAL,), has_parts=False)
+        for size in TRAINING_STEP.quick_sizes
     ),
     prepare=prepare_training_step,
     labels=("seqlen",),
@@ -65,4 +83,6 @@ UTILISATION = Case(
     plan=Plan(warmup=1, rounds=5),
 )
 
-SUITE = Suite(name="training", title="Speed of training on a GPU", cases=(TRAINING_STEP, UTILISATION), device="cuda")
+SUITE = Suite(
+    name="training", title="Speed of training on a GPU", cases=(TRAINING_STEP, UTILISATION, MEMORY), device="cuda"
+)

@@ -9,7 +9,7 @@ import torch
 
 from hippos.bench.cases.training_step import OPTIMISER, PASSES, STEP, prepare_training_step
 from hippos.bench.harness import Clock, Context
-from hippos.bench.training import FRUGAL, GPT2, HYBRID, SUITE, TRAINING_STEP, UTILISATION
+from hippos.bench.training import FRUGAL, GPT2, HYBRID, MEMORY, SUITE, TRAINING_STEP, UTILISATION
 
 CPU = Context(torch.device("cpu"), is_quick=True)
 
@@ -42,8 +42,16 @@ def test_steps_train() -> None:
     assert workload.check()["H3 hybrid tiny"] < workload.max_error
 
 
+def test_frugal_models_step_too() -> None:
+    workload = prepare_training_step(MEMORY.quick_sizes[0], CPU)
+    assert set(workload.methods) == {FRUGAL, GPT2}
+    assert workload.check()[FRUGAL] < workload.max_error
+    training = workload.methods[FRUGAL].__self__  # type: ignore[attr-defined]
+    assert all(block.recomputes_cheap_parts for block in training.blocks)
+
+
 def test_goals_are_those_that_were_set() -> None:
     assert [size.goals[HYBRID] for size in TRAINING_STEP.sizes] == [1.05, 1.15, 1.5, 2.4]
-    assert [FRUGAL in size.models for size in TRAINING_STEP.sizes] == [False, False, True, False]
+    assert [(size.seqlen, size.frugal) for size in MEMORY.sizes] == [(8192, (FRUGAL,))]
     assert [size.seqlen for size in TRAINING_STEP.sizes] == [1024, 2048, 8192, 32768]
     assert SUITE.device == "cuda"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -73,6 +74,16 @@ def test_every_size_is_handed_out_when_it_is_done(make_suite):
     )
     assert handed == [[1], [1, 2], [1, 2, 4]]
     assert [size.size["n"] for size in result.cases[0].sizes] == [1, 2, 4]
+
+
+def test_a_failing_case_leaves_the_others_their_turn(make_suite):
+    log: list[str] = []
+    good, bad = make_suite(log=log), make_suite(error=1.0)
+    suite = dataclasses.replace(good, cases=(dataclasses.replace(bad.cases[0], name="bad"), *good.cases))
+    handed: list[str] = []
+    with pytest.raises(BenchmarkError, match="bad n=1"):
+        run_suite(suite, on_size=lambda so_far: handed.append(so_far.cases[-1].name))
+    assert handed == ["count"] * 3
 
 
 def test_unknown_case(make_suite):

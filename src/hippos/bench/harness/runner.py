@@ -49,7 +49,8 @@ def run_suite(
     Raises:
         ConfigError: If ``threads`` or ``rounds`` is less than 1, or ``only`` names a case that is not in the suite.
         UnsupportedError: If the suite needs a CUDA device and there is none.
-        BenchmarkError: If a method's result is too far from the float64 reference.
+        BenchmarkError: If a method's result is too far from the float64 reference. This or any other error of a case
+            is raised when all cases have had their turn.
     """
     _require(suite, threads, rounds, only)
     device = torch.device(suite.device)
@@ -65,8 +66,14 @@ def run_suite(
             load = (load_before, load_average())
             return SuiteResult(suite.name, is_quick, date, machine, load, (*results, *running))
 
+        failure: Exception | None = None
         for case in cases:
-            results.append(_run_case(case, context, tracker, rounds, lambda running: on_size(so_far(running))))
+            try:
+                results.append(_run_case(case, context, tracker, rounds, lambda running: on_size(so_far(running))))
+            except Exception as error:  # the other cases have a right to be measured
+                failure = failure or error
+    if failure is not None:
+        raise failure
     return so_far()
 
 
