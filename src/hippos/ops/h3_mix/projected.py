@@ -25,7 +25,7 @@ def takes_projected(u: Tensor, weight: Tensor, shift_filter: Tensor, log_a: Tens
     """Whether `h3_mix_projected` can take these tensors: the kernels would be chosen for what the product gives."""
     if not u.is_cuda or is_exporting() or not is_common(shift_filter, log_a):
         return False
-    if any(torch._C._functorch.is_batchedtensor(x) for x in (u, weight, shift_filter, log_a)):
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, (u, weight, log_a))):
         return False  # under torch.vmap models are stacked as channels of the mixing, but not of the product
     return why_not_triton(u, shift_filter, log_a, 1) is None
 
