@@ -49,5 +49,5 @@ def test_failing_processes_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_last_words_of_failing_processes_are_told() -> None:
     size = ScalingSize("ddp", {"preset": "nowhere"}, seqlen=8, batch=1, bound=1.0, n_processes=1, is_compiled=False)
-    with pytest.raises(BenchmarkError, match=r"1 processes failed \(exit code 1\):"):
+    with pytest.raises(BenchmarkError, match=r"one of 1 processes failed \(exit code 1\):"):
         prepare_scaling(size, CPU)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,30 +120,64 @@ def _what_times_mean(size: ScalingSize) -> str:
 
 
 def run_processes(size: ScalingSize, device_type: str, rounds: int) -> Measured:
-    """Run `hippos.bench.cases.scaling_worker` under torchrun.
+    """Run `hippos.bench.cases.scaling_worker` in as many processes as the size wants.
+
+    They are started with torchrun's environment but without it: on one machine nothing has to be agreed on, and what
+    torchrun asks the machine's name service may take long.
 
     Raises:
-        BenchmarkError: If it fails or takes too long.
+        BenchmarkError: If one fails or they take too long.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured.json"
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        out, logs = Path(folder) / "measured.json", [Path(folder) / f"{i}.log" for i in range(size.n_processes)]
         wanted = json.dumps({**asdict(size), "device": device_type, "rounds": rounds})
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(size.n_processes)),
-            *("-m", "hippos.bench.cases.scaling_worker", wanted, str(out)),
-        ]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        command = [sys.executable, "-m", "hippos.bench.cases.scaling_worker", wanted, str(out)]
+        workers = [_start(command, rank, size.n_processes, port, log) for rank, log in enumerate(logs)]
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=SECONDS_AT_MOST, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise BenchmarkError(f"{size.n_processes} processes took more than {SECONDS_AT_MOST:g} s") from error
-        if done.returncode != 0 or not out.is_file():
-            last = "\n".join(done.stderr.strip().splitlines()[-40:])
-            raise BenchmarkError(f"{size.n_processes} processes failed (exit code {done.returncode}):\n{last}")
+            _wait_for(workers, logs)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
         return Measured(**json.loads(out.read_text()))
+
+
+def _start(command: list[str], rank: int, n_processes: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _wait_for(workers: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
+    """Wait until all workers are done or one has failed, whose last words the error then has."""
+    deadline = time.monotonic() + SECONDS_AT_MOST
+    while any(worker.poll() is None for worker in workers) and not any(worker.poll() for worker in workers):
+        if time.monotonic() > deadline:
+            raise BenchmarkError(
+                f"{len(workers)} processes took more than {SECONDS_AT_MOST:g} s; the first wrote:\n{_end_of(logs[0])}"
+            )
+        time.sleep(0.1)
+    for worker, log in zip(workers, logs, strict=True):
+        if worker.poll():
+            raise BenchmarkError(
+                f"one of {len(workers)} processes failed (exit code {worker.returncode}):\n{_end_of(log)}"
+            )
+
+
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-40:])
 
 
 def _replay(seconds: list[float]) -> Method:
