@@ -62,14 +62,20 @@ def mix(generator):
 def kernel_mix(generator):
     _, inputs = mix(generator)
     inputs = tuple(x.detach().float().requires_grad_() for x in inputs)
-    return lambda *x: h3_mix_triton(*x, None, False)[0], inputs
+    return lambda *x: h3_mix_triton(*x, 1, None, None, False)[0], inputs
+
+
+def kernel_mix_of_heads(generator):
+    _, inputs = kernel_mix(generator)
+    inputs = (*inputs[:5], *(x[:, : x.shape[1] // 2].detach().requires_grad_() for x in inputs[5:]))
+    return lambda *x: h3_mix_triton(*x, 2, None, None, False)[0], inputs
 
 
 def spectral(generator):
     return fft_conv, (signal(generator), draw(generator, S, HEADS, SEQLEN), draw(generator, S, HEADS))
 
 
-@pytest.mark.parametrize("make", [gated_conv, plain_conv, kernel_conv, mix, kernel_mix, spectral])
+@pytest.mark.parametrize("make", [gated_conv, plain_conv, kernel_conv, mix, kernel_mix, kernel_mix_of_heads, spectral])
 def test_a_stack_is_one_call_and_equals_one_call_after_the_other(make, generator):
     call, inputs = make(generator)
     with warnings.catch_warnings():

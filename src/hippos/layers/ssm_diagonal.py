@@ -156,7 +156,9 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         dt, skip = torch.exp(self.log_dt), self.D.clone()
         if self.bidirectional:
             dt, skip = dt.repeat(2), F.pad(skip, (0, self.n_heads))
-        return A.repeat(repeats, 1, 1), B.repeat(repeats, 1, 1), dt, skip
+        if repeats > 1:
+            A, B = A.repeat(repeats, 1, 1), B.repeat(repeats, 1, 1)
+        return A, B, dt, skip
 
     def extra_repr(self) -> str:
         """Show the sizes and choices."""

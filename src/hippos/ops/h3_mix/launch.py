@@ -200,7 +200,7 @@ def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None
         PLANES=shift_planes(k.dtype), PRECISION=schedule.precision,
         HAS_BIAS=inputs.bias is not None, HAS_PAST=past is not None,
         HAS_TABLE=pieces.has_table, IS_FULL=is_full(pieces, at, seqlen),
-        IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)),
+        IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)), num_warps=_warps(pieces),
     )  # fmt: skip
     return key
 
@@ -223,7 +223,7 @@ def _shift_keys_bwd(
             CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, TILE=at.steps * at.segments, PIECES=at.pieces,
             PRECISION=schedule.precision, HAS_BIAS=inputs.bias is not None, HAS_TABLE=pieces.has_table,
             IS_FULL=is_full(pieces, at, seqlen),
-            IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)),
+            IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)), num_warps=_warps(pieces),
         )  # fmt: skip
     shift_filter_bwd_kernel[(d_model,)](
         dshift, dfilter, dskip, n_taps, parts,
@@ -248,6 +248,11 @@ def _place_shift(k: Tensor, cu_seqlens: Tensor | None) -> tuple[Schedule, Pieces
     n_tiles = at.n_groups * at.n_tiles
     n_items = groups_per_program(d_model, n_tiles, schedule.programs)
     return schedule, pieces, at, n_items, -(-n_tiles // n_items)
+
+
+def _warps(pieces: Pieces) -> int:
+    """Twice as many for documents, whose samples are read one by one: their addresses fill the registers of four."""
+    return 8 if pieces.has_table else 4
 
 
 def _table_of(k: Tensor, cu_seqlens: Tensor | None, pieces: Pieces) -> tuple[Tensor, Tensor]:
