@@ -19,13 +19,19 @@ def compile_blocks(model: PreTrainedModel, **options: Any) -> None:
     Args:
         model: A model whose ``_no_split_modules`` are its blocks.
         **options: For torch.compile.
+
+    Raises:
+        ValueError: If it has no such blocks.
     """
     # A block holds about as many gradients as DDP reduces at once, so its graph need not be cut for that.
     torch._dynamo.config.optimize_ddp = False
-    for block in model.modules():
-        if type(block).__name__ in (model._no_split_modules or ()):
-            # Every batch of a run has the same shape; a graph for any shape would be slower.
-            block.compile(**{"dynamic": False, **options})
+    names = model._no_split_modules or ()
+    blocks = [block for block in model.modules() if type(block).__name__ in names]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} names no blocks to compile")
+    for block in blocks:
+        # Every batch of a run has the same shape; a graph for any shape would be slower.
+        block.compile(**{"dynamic": False, **options})
 
 
 def without_compilation() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -190,6 +191,7 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
     Returns:
         The workload.
     """
+    _clear(context.device)
     with torch.random.fork_rng(), context.device:  # millions of random numbers are drawn faster on a GPU
         torch.manual_seed(context.seed)
         trainings = {
@@ -216,6 +218,14 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
             "parts": "eager, without the residual stream; their sum is not the step's time",
         },
     )
+
+
+def _clear(device: torch.device) -> None:
+    """Drop the models and graphs of sizes before, whose number would be too large for the compiler's cache."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _goals(size: StepSize) -> list[Goal]:
