@@ -36,9 +36,14 @@ def why_not_device(device: torch.device) -> str | None:
 
 def has_parameter_kernels(*parameters: Tensor) -> bool:
     """Whether the GPU programs of hippos.ops.parameters run for these tensors."""
-    if is_interpreted() or any(x.device.type != "cuda" or x.dtype != torch.float32 for x in parameters):
+    if any(x.device.type != "cuda" or x.dtype != torch.float32 for x in parameters):
         return False
-    return parameters[0].numel() > 0 and why_not_device(parameters[0].device) is None
+    return parameters[0].numel() > 0 and _compiles_for(parameters[0].device)
+
+
+@constant_in_traces
+def _compiles_for(device: torch.device) -> bool:
+    return not is_interpreted() and why_not_device(device) is None
 
 
 @constant_in_traces
