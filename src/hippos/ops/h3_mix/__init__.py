@@ -129,9 +129,9 @@ def h3_mix(
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
             B must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and
             check them under HIPPOS_DEBUG=1 alone; elsewhere reading them waits for their device.
-        impl: "auto" takes the Triton kernels on CUDA tensors that they support, for up to 64 taps, 32 modes and heads of
-            128 channels, and "torch" elsewhere and for export. The kernels read signals of any strides whose last is 1, copy others, and
-            lay y out in memory like ``q``.
+        impl: "auto" takes the Triton kernels on CUDA tensors that they support, for up to 64 taps, 32 modes and heads
+            of 128 channels, and "torch" elsewhere and for export. The kernels read signals of any strides whose last
+            is 1, copy others, and lay y out in memory like ``q``.
 
     Returns:
         ``y``, shape (B, D, L), dtype of ``q``, channel order (h, j); with ``return_state``, ``(y, H3State)``.
