@@ -113,6 +113,13 @@ def _train(config: TrainConfig, run: Path, world_size: int, *, resume: bool) -> 
         workers.train_together(config, run, world_size=world_size, resume=resume)
 
 
+@pytest.mark.slow
+def test_sharded_models_make_cheap_parts_again(still: TrainConfig, alone: Path, tmp_path: Path) -> None:
+    config = apply_settings(still, ["parallel=fsdp", "recompute_cheap_parts=yes"])
+    workers.train_together(config, tmp_path / "run", world_size=2)
+    assert_same_run(tmp_path / "run", alone)
+
+
 def test_gradients_accumulate_over_micro_batches(still: TrainConfig, alone: Path, tmp_path: Path) -> None:
     config = apply_settings(still, ["micro_batch_size=1", "activation_checkpointing=yes"])
     workers.train_together(config, tmp_path / "run", world_size=2)

@@ -71,14 +71,21 @@ class H3Block(GradientCheckpointingLayer):
     def _feed_forward(self, u: Tensor) -> Tensor:
         if not (self.recomputes_cheap_parts and self.training):
             return self.mlp(self.norm2(u))
-        again: Tensor = checkpoint(
-            lambda u: self.mlp(self.norm2(u)),
-            u,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=partial(create_selective_checkpoint_contexts, _keep_products),
-        )
-        return again
+        # Not if a hook, such as FSDP's, would run inside of the piece and be taken for a part of it.
+        if torch.compiler.is_compiling() and not self.norm2._forward_pre_hooks:
+            again: Tensor = checkpoint(
+                lambda u: self.mlp(self.norm2(u)),
+                u,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=partial(create_selective_checkpoint_contexts, _keep_products),
+            )
+            return again
+        # Two pieces, between which the first product is kept. A piece runs again up to the last tensor that is missed,
+        # the input of its product; a compiler would make all of it again.
+        inner = checkpoint(lambda u: self.mlp.widen(self.norm2(u)), u, use_reentrant=False, preserve_rng_state=False)
+        narrowed: Tensor = checkpoint(self.mlp.narrow, inner, use_reentrant=False, preserve_rng_state=False)
+        return narrowed
 
     def _drop(self, update: Tensor) -> Tensor:
         return F.dropout(update, self.dropout) if self.training and self.dropout else update
