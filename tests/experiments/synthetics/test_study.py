@@ -93,6 +93,46 @@ def test_a_missing_cell_is_computed_and_the_same_again(finished, tmp_path):
         assert again["associative_recall_10-attention"][key] == results["associative_recall_10-attention"][key]
 
 
+@pytest.mark.parametrize("mixer", ["h3_frozen_shift", "attention"])
+def test_a_stopped_cell_goes_on_from_its_last_test(tmp_path, monkeypatch, mixer):
+    study = replace(STUDY, mixers=(mixer,))
+    wanted = run_study(study, tmp_path / "whole", device="cpu", jobs=1)
+
+    def stop(name: str, steps: int) -> None:
+        if steps == 3 or steps == TASK.n_steps:
+            raise KeyboardInterrupt
+
+    steps_taken = []
+    step = CellTraining._step
+    monkeypatch.setattr(CellTraining, "_step", lambda self: (steps_taken.append(1), step(self)))
+    for _ in range(2):  # once in the middle, once behind the last step
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, tmp_path / "stopped", device="cpu", jobs=1, progress=stop)
+    found = run_study(study, tmp_path / "stopped", device="cpu", jobs=1)
+    assert len(steps_taken) < 2 * TASK.n_steps
+    for name, result in wanted.items():
+        for part in ("seeds", "curve", "recall"):
+            assert found[name][part] == result[part]
+    assert not list((tmp_path / "stopped" / "unfinished").iterdir())
+
+
+def test_what_other_settings_left_unfinished_is_not_gone_on_with(tmp_path):
+    def stop(name: str, steps: int) -> None:
+        if steps == TASK.n_steps:
+            raise KeyboardInterrupt
+
+    study = replace(STUDY, mixers=("attention",))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, tmp_path, device="cpu", jobs=1, progress=stop)
+    other = replace(study, seeds=(2, 3))
+    results = run_study(other, tmp_path, device="cpu", jobs=1)
+    assert [seed["seed"] for seed in results["associative_recall_10-attention"]["seeds"]] == [2, 3]
+    damaged = tmp_path / "damaged"
+    (damaged / "unfinished").mkdir(parents=True)
+    (damaged / "unfinished" / "associative_recall_10-attention.pt").write_bytes(b"no checkpoint")
+    assert run_study(study, damaged, device="cpu", jobs=1)
+
+
 def test_results_of_other_settings_are_refused(finished):
     out, _, _ = finished
     longer = replace(STUDY, tasks=(replace(TASK, training=replace(TASK.training, lr=2e-3)),))

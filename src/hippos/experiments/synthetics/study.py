@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ from hippos.train.checkpoints import write_atomically
 __all__ = ["Cell", "Progress", "Study", "make_study", "read_results", "run_study"]
 
 CELLS_FOLDER = "cells"
+UNFINISHED_FOLDER = "unfinished"
 _FORMAT = 1
 _POLL_S = 0.2
 
@@ -166,7 +168,7 @@ def run_study(
     """Compute the cells that a folder does not hold yet.
 
     Each cell's result is written when the cell ends, atomically: what was stopped goes on with the cells that are
-    missing. On a CUDA device all cells run side by side in one process; elsewhere each process runs one at a time.
+    missing, on a CPU from the last test of each, bit for bit. On a CUDA device all cells run side by side in one process; elsewhere each process runs one at a time.
 
     Args:
         study: The table.
@@ -259,9 +261,14 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _compute(cell: Cell, out: Path, device: torch.device) -> Iterator[int]:
-    """Compute a cell and write its file, giving the steps done."""
+    """Compute a cell and write its file, giving the steps done; on a CPU go on from the last test before a stop."""
     training = CellTraining(cell.mixer, cell.task, cell.seeds, cell.size, device)
-    yield from training.advance()
+    unfinished = out / UNFINISHED_FOLDER / f"{cell.name}.pt"
+    if device.type == "cpu":
+        _go_on(training, cell, unfinished)
+        yield from training.advance(lambda: _save(training, cell, unfinished))
+    else:
+        yield from training.advance()
     content = {
         "format": _FORMAT,
         "mixer": cell.mixer,
@@ -271,6 +278,27 @@ def _compute(cell: Cell, out: Path, device: torch.device) -> Iterator[int]:
         **training.result(),
     }
     write_atomically(out / CELLS_FOLDER / f"{cell.name}.json", json.dumps(content) + "\n")
+    unfinished.unlink(missing_ok=True)
+
+
+def _save(training: CellTraining, cell: Cell, file: Path) -> None:
+    """Keep where a cell's training stands, by one rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".tmp")
+    torch.save({"format": _FORMAT, "settings": json.dumps(cell.settings()), **training.state()}, aside)
+    aside.replace(file)
+
+
+def _go_on(training: CellTraining, cell: Cell, file: Path) -> None:
+    """Load where a cell's training stood; what other settings or a damaged file left begins anew."""
+    if not file.is_file():
+        return
+    try:
+        state = torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return
+    if state.get("format") == _FORMAT and state.get("settings") == json.dumps(cell.settings()):
+        training.load_state(state)
 
 
 def _exhaust(steps: Iterator[int], name: str, report: Progress) -> None:

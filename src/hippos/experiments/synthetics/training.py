@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -76,6 +76,7 @@ class CellTraining:
         self.recall: list[dict[str, Any]] = []
         self.by_length: dict[int, list[float]] = {}
         self.seconds = 0.0
+        self._rng: Tensor | None = None  # that of dropout, where a stopped training goes on
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         dynamics = self.stack.dynamics()
@@ -92,14 +93,24 @@ class CellTraining:
         is_cuda = self.device.type == "cuda"
         return torch.optim.AdamW(groups, betas=self.task.training.betas, fused=True, capturable=is_cuda)
 
-    def advance(self) -> Iterator[int]:
-        """Train, giving the steps done so far now and then; the results are in the attributes when it ends."""
-        started = time.perf_counter()
+    def advance(self, on_test: Callable[[], None] | None = None) -> Iterator[int]:
+        """Train, giving the steps done so far now and then; the results are in the attributes when it ends.
+
+        Args:
+            on_test: Called after every test; there `state` may be asked for.
+        """
+        started = time.perf_counter() - self.seconds
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seeds[0])
             step, on_stream = self._make_step()
-            done = 0
+            if self._rng is not None:
+                torch.set_rng_state(self._rng)
+            done = int(self._clock)
             for until in self._tests():
+                if until <= done:
+                    continue
+                if self._is_solved():
+                    break
                 while done < until:
                     n_steps = min(_TURN_STEPS, until - done)
                     for _ in range(n_steps):
@@ -108,13 +119,36 @@ class CellTraining:
                     yield done
                 with on_stream():
                     self._record(done, self.stack.accuracies(*self._test).tolist())
-                if self._is_solved():
-                    break
+                self.seconds = time.perf_counter() - started
+                if on_test is not None:
+                    on_test()
             with on_stream():
                 self._test_lengths()
                 if self.mixer.startswith("h3"):
                     self.recall = recall_map(self.stack.one(0), self._test[0][:1])
         self.seconds = time.perf_counter() - started
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a training on a CPU needs to go on from a test, bit for bit; ask for it in ``on_test``."""
+        optimizer = {name: dict(self._optimizer.state.get(value, {})) for name, value in self.stack.parameters.items()}
+        return {
+            "parameters": {name: value.detach() for name, value in self.stack.parameters.items()},
+            "optimizer": optimizer,
+            "clock": self._clock,
+            "rng": torch.get_rng_state(),
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; before `advance`."""
+        with torch.no_grad():
+            for name, parameter in self.stack.parameters.items():
+                parameter.copy_(state["parameters"][name])
+                if stored := state["optimizer"][name]:
+                    self._optimizer.state[parameter] = stored
+        self._clock.copy_(state["clock"])
+        self._rng, self.curve, self.seconds = state["rng"], list(state["curve"]), state["seconds"]
 
     def _tests(self) -> list[int]:
         """After how many steps to test."""
