@@ -113,7 +113,7 @@ def test_a_stopped_cell_goes_on_from_its_last_test(tmp_path, monkeypatch, mixer)
     for name, result in wanted.items():
         for part in ("seeds", "curve", "recall"):
             assert found[name][part] == result[part]
-    assert not list((tmp_path / "stopped" / "unfinished").iterdir())
+    assert not (tmp_path / "stopped" / "unfinished").exists()
 
 
 def test_what_other_settings_left_unfinished_is_not_gone_on_with(tmp_path):

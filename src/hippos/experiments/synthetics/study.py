@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -168,7 +169,8 @@ def run_study(
     """Compute the cells that a folder does not hold yet.
 
     Each cell's result is written when the cell ends, atomically: what was stopped goes on with the cells that are
-    missing, on a CPU from the last test of each, bit for bit. On a CUDA device all cells run side by side in one process; elsewhere each process runs one at a time.
+    missing, on a CPU from the last test of each, bit for bit. On a CUDA device all cells run side by side in one
+    process; elsewhere each process runs one at a time.
 
     Args:
         study: The table.
@@ -200,6 +202,8 @@ def run_study(
         else:
             for cell in missing:
                 _exhaust(_compute(cell, out, place), cell.name, report)
+    with suppress(OSError):  # it is not there, or another table's cells are in it
+        (out / UNFINISHED_FOLDER).rmdir()
     return check_folder(study, out)
 
 
