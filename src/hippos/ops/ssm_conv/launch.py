@@ -42,9 +42,6 @@ from hippos.ops.ssm_conv.schedule import (
 )
 
 
-RUNS_FORWARD = False  # on Hopper, until it has been timed
-
-
 def ssm_conv_fwd(
     inputs: Inputs,
     cu_seqlens: Tensor | None = None,
@@ -133,10 +130,11 @@ def forward_plan(
         Both.
     """
     u, n_modes = inputs.u, inputs.log_a.shape[1]
-    schedule = forward_schedule(u.dtype, n_modes, u.device)
+    (batch, n_heads, seqlen), schedule = u.shape, forward_schedule(u.dtype, n_modes, u.device)
     signals = (u, inputs.in_gate, inputs.out_gate, *(() if y is None else (y,)))
-    if RUNS_FORWARD and cu_seqlens is None and takes_hopper_forward(n_modes, signals):
-        batch, n_heads, seqlen = u.shape
+    # Faster only where sequences would be cut, and their first pieces read twice.
+    is_cut = cu_seqlens is None and forward_pieces(batch, n_heads, seqlen, schedule).is_cut
+    if is_cut and takes_hopper_forward(n_modes, signals):
         tiles = hopper_tiles(batch, n_heads, seqlen, Pieces(batch, 1, seqlen), LEAST_FORWARD_PROGRAMS)
         if tiles is not None:
             return forward_hopper_schedule(), tiles
