@@ -130,13 +130,14 @@ class TestGpu:
         inputs = make_inputs(2, 8, 8, 4096, 64, 32, torch.bfloat16, has_state=False)
         exact = Inputs(*(None if x is None else x.cuda().double() for x in inputs))
         wanted = call(exact, 8, "torch", return_state=False)
-        found = call(inputs.to("cuda"), 8, "auto", return_state=False)
+        found = call(inputs.to("cuda"), 8, "triton", return_state=False)
         plain = relative_error(wanted.to(torch.bfloat16), wanted)
         errors = (found.double() - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))
         assert relative_error(found, wanted) <= 2 * plain
         assert float(errors.max()) <= 2.5 * plain
 
-    def test_bad_offsets_stay_in_bounds(self):
+    def test_bad_offsets_stay_in_bounds(self, monkeypatch):
+        monkeypatch.setenv("HIPPOS_DEBUG", "0")
         inputs = make_inputs(1, 2, 4, 1000, 64, 32, torch.bfloat16, n_docs=4).to("cuda")
         for bounds in ([0, -5, 2000, 300, 10**6], [900, 800, 1000, 0, 1000]):
             run(inputs, 4, "triton", bounds=bounds)

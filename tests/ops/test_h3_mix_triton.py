@@ -290,7 +290,8 @@ class TestGpu:
         assert all(torch.equal(found[name], again[name]) for name in found)
 
     @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # advice of the compiler
-    def test_packed_documents_compiled_and_without_waiting(self):
+    def test_packed_documents_compiled_and_without_waiting(self, monkeypatch):
+        monkeypatch.setenv("HIPPOS_DEBUG", "0")
         bounds = [0, 700, 1000]
         inputs = Inputs(*leaves(*make_inputs(1, 3, 1000, 64, 32, torch.bfloat16, n_docs=2).to("cuda")))
         offsets = torch.tensor(bounds, dtype=torch.int32, device="cuda")
@@ -306,7 +307,8 @@ class TestGpu:
         assert torch.equal(y, wanted)
         assert relative_error(state.diag, last.diag) < 1e-5
 
-    def test_bad_offsets_stay_in_bounds(self):
+    def test_bad_offsets_stay_in_bounds(self, monkeypatch):
+        monkeypatch.setenv("HIPPOS_DEBUG", "0")
         inputs = make_inputs(1, 3, 1000, 64, 32, torch.bfloat16, n_docs=4).to("cuda")
         for bounds in ([0, -5, 2000, 300, 10**6], [900, 800, 1000, 0, 1000]):
             run(inputs, "triton", bounds=bounds)
