@@ -68,8 +68,10 @@ def draw_lines(axes: Any, case: CaseResult) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel(axis)
     axes.set_ylabel("ms (median; band: min to max)")
-    # More columns than that run over the figure's edges.
-    axes.figure.legend(loc="outside lower center", ncols=min(len(methods), 3), fontsize=7, handlelength=4)
+    # As many columns as fit between the figure's edges: 0.06 inches a letter, 0.75 for line and gap.
+    longest = max(len(": ".join((row.method, row.measure))) for row in rows)
+    columns = max(1, int(axes.figure.get_figwidth() / (0.06 * longest + 0.75)))
+    axes.figure.legend(loc="outside lower center", ncols=columns, fontsize=7, handlelength=4)
 
 
 def draw_bars(axes: Any, case: CaseResult) -> None:
