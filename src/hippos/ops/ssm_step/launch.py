@@ -28,15 +28,16 @@ class StepSchedule(NamedTuple):
     max_registers: int | None = None
 
 
-def step_schedule(batch: int, d_model: int) -> StepSchedule:
+def step_schedule(batch: int, d_model: int, *, is_ring: bool) -> StepSchedule:
     """The sizes for a batch: many small programs for a few sequences, parameters used again for many.
 
-    Where two programs for each multiprocessor of a large GPU remain, all work on many sequences at the same time.
+    Where two programs for each multiprocessor of a large GPU remain, all work on many sequences at the same time; keys
+    that are moved leave no registers for that.
     """
     if batch < 16:
         return StepSchedule(16, 1, 4)
     is_large = triton.cdiv(d_model, 32) * triton.cdiv(batch, 16) >= 256
-    return StepSchedule(32, 16, 4) if is_large else StepSchedule(16, 4, 2)
+    return StepSchedule(32, 16, 4) if is_large and is_ring else StepSchedule(16, 4, 2)
 
 
 def h3_step_launch(
@@ -80,9 +81,9 @@ def h3_step_launch(
     y = torch.empty((batch, d_model), dtype=q.dtype, device=q.device)
     if batch == 0:
         return y
-    schedule = schedule or step_schedule(batch, d_model)
-    grid = (triton.cdiv(d_model, schedule.channels), triton.cdiv(batch, schedule.sequences))
     is_ring = ring_position is not None and n_past > 0
+    schedule = schedule or step_schedule(batch, d_model, is_ring=is_ring)
+    grid = (triton.cdiv(d_model, schedule.channels), triton.cdiv(batch, schedule.sequences))
     h3_step_kernel[grid](
         q, k, v, y, shift if n_past else k, diag, ring_position if is_ring else a,
         taps, a, b, read, d,
