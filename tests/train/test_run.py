@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hippos.errors import ConfigError, CorpusError, TokenizerError, TrainingError
-from hippos.train import RunProgress, TrainConfig, TrainResult, apply_settings, train
+from hippos.train import RunConfig, RunProgress, TrainConfig, TrainResult, apply_settings, train
 from hippos.train.checkpoints import complete_checkpoints, last_checkpoint
 from hippos.train.metrics import read_metrics
+from hippos.train.run import _deterministic
 from hippos.train.trainer import RunTrainer
 
 QUIET = RunProgress(is_quiet=True)
@@ -440,3 +441,14 @@ class TestText:
         result = train(apply_settings(tiny, settings), tmp_path, progress=QUIET)
         assert (tmp_path / "tokenizer.json").read_text() == (finished.run / "tokenizer.json").read_text()
         assert result.step == 1
+
+
+def test_deterministic_runs_do_not_fill_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: Any = torch.utils.deterministic
+    before = memory.fill_uninitialized_memory
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with _deterministic(RunConfig(deterministic=True)):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not memory.fill_uninitialized_memory
+    assert memory.fill_uninitialized_memory == before
+    assert not torch.are_deterministic_algorithms_enabled()
