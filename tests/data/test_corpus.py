@@ -101,6 +101,17 @@ class TestDatasets:
 
     rows = datasets.Dataset.from_dict({"text": ["one", "", "<|endoftext|>", "two"], "label": [0, 1, 2, 3]})
 
+    @pytest.fixture(autouse=True)
+    def _hub_that_knows_every_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("hippos.data.corpus.why_not_on_hub", lambda name, *, kind: None)
+
+    def test_name_that_the_hub_does_not_know(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("hippos.data.corpus.why_not_on_hub", lambda name, *, kind: f"no {kind} {name}")
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("tried to load it"))
+        message = "'some/texts:part' is neither a file nor a folder here, and .*: no dataset some/texts$"
+        with pytest.raises(CorpusError, match=message):
+            open_corpus(["some/texts:part"])
+
     def test_rows_with_text_are_documents(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[Any] = []
 

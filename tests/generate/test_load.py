@@ -66,7 +66,7 @@ def test_path_that_is_not_there(name):
 def test_typing_error_in_a_folder_that_is_there_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(load, "_why_not_on_hub", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(load, "why_not_on_hub", lambda name, files: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match="no model folder runs/demi"):
         find_model("runs/demi")
 
@@ -77,7 +77,7 @@ def test_name_that_the_hub_does_not_know():
 
 
 def test_name_that_the_hub_knows(monkeypatch):
-    monkeypatch.setattr(load, "_why_not_on_hub", lambda name: None)
+    monkeypatch.setattr(load, "why_not_on_hub", lambda name, files: None)
     assert find_model("gpt2") == "gpt2"
 
 

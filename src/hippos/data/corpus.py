@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hippos.data.documents import COMPRESSED_SUFFIXES, END_OF_TEXT, read_documents
+from hippos.data.hub import first_line, why_not_on_hub
 from hippos.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -253,6 +254,8 @@ def _load_rows(source: str, split: str, column: str, is_streamed: bool) -> tuple
             "'datasets' is missing: pip install datasets"
         ) from error
     name, _, configuration = source.partition(":")
+    if not Path(source).is_dir() and (reason := why_not_on_hub(name, kind="dataset")):
+        raise CorpusError(f"{source!r} is neither a file nor a folder here, and as a Hugging Face data set: {reason}")
     try:
         if Path(source).is_dir():
             loaded = datasets.load_from_disk(source)
@@ -261,9 +264,9 @@ def _load_rows(source: str, split: str, column: str, is_streamed: bool) -> tuple
             mode = {"streaming": True} if is_streamed else {}
             rows = datasets.load_dataset(name, configuration or None, split=split, **mode)
     except Exception as error:  # the library raises what its many back ends raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CorpusError(
-            f"{source!r} is neither a file nor a folder here, and Hugging Face Datasets cannot load it: {reason}"
+            f"{source!r} is neither a file nor a folder here, and Hugging Face Datasets cannot load it: "
+            f"{first_line(error)}"
         ) from error
     columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know before its first row
     if column not in columns:

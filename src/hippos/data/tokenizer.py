@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hippos.data.documents import END_OF_TEXT
+from hippos.data.hub import first_line, why_not_on_hub
 from hippos.errors import TokenizerError
 
 __all__ = ["SMALLEST_VOCAB", "load_tokenizer", "tokenizer_fingerprint", "train_tokenizer"]
@@ -20,8 +20,6 @@ SMALLEST_VOCAB = 257
 """The 256 bytes and the end-of-text token: byte-level BPE without a single merge."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_ANSWER_S = 10.0
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -42,12 +40,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
             f"no tokenizer in the folder {folder}: expected tokenizer.json, tokenizer_config.json, or vocab.json with "
             "merges.txt"
         )
-    if not folder.is_dir() and (reason := _why_not_on_hub(str(source))):
+    if not folder.is_dir() and (reason := why_not_on_hub(str(source), _TOKENIZER_FILES)):
         raise TokenizerError(f"no tokenizer {str(source)!r}: not a folder here, and as a Hugging Face name: {reason}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except Exception as error:  # Transformers raises OSError, ValueError, KeyError and others
-        raise TokenizerError(f"the tokenizer {str(source)!r} cannot be opened: {_first_line(error)}") from error
+        raise TokenizerError(f"the tokenizer {str(source)!r} cannot be opened: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(f"the tokenizer {str(source)!r} has no fast (Rust) implementation: {type(tokenizer)}")
     if tokenizer.eos_token_id is None:
@@ -95,27 +93,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _is_saved_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
-
-
-def _why_not_on_hub(name: str) -> str | None:
-    """None if the hub or its local cache knows the name, else the reason; asks once, where Transformers would retry."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-
-    if not _HUB_NAME.fullmatch(name):
-        return "it is not written like one"
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in _TOKENIZER_FILES):
-        return None
-    if constants.HF_HUB_OFFLINE:
-        return "offline by HF_HUB_OFFLINE, and not in the local cache"
-    try:
-        HfApi().model_info(name, timeout=_HUB_ANSWER_S)
-    except Exception as error:  # whatever the HTTP library of the installed version raises
-        return _first_line(error)
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

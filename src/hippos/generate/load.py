@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hippos.data.hub import first_line, is_hub_name, why_not_on_hub
 from hippos.errors import CheckpointError, TokenizerError, UnsupportedError
 from hippos.generate.int8 import quantise_int8
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_ANSWER_S = 10.0
 
 
 def load_text_model(
@@ -51,7 +49,7 @@ def load_text_model(
     try:
         opened = AutoTokenizer.from_pretrained(tokenizer_source)
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"no tokenizer can be read from {tokenizer_source}: {_first_line(error)}") from error
+        raise TokenizerError(f"no tokenizer can be read from {tokenizer_source}: {first_line(error)}") from error
     model = _open_model(source, dtype).to(place).eval()
     if int8:
         quantise_int8(model)
@@ -66,7 +64,7 @@ def _open_model(source: str, dtype: str | torch.dtype) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"no model can be read from {source}: {_first_line(error)}") from error
+        raise CheckpointError(f"no model can be read from {source}: {first_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CheckpointError(f"{source} lacks {len(missing)} of the model's weights, {missing[0]} among them")
@@ -85,7 +83,7 @@ def find_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UnsupportedError(f"this machine has no device {str(device)!r}: {_first_line(error)}") from error
+        raise UnsupportedError(f"this machine has no device {str(device)!r}: {first_line(error)}") from error
     return place
 
 
@@ -101,10 +99,10 @@ def find_model(name: str) -> str:
         return str(path)
     if path.exists():
         raise CheckpointError(f"{name} is a file, not a model folder; hippos convert makes a folder of a checkpoint")
-    is_local = _HUB_NAME.fullmatch(name) is None or Path(path.parts[0]).is_dir()
+    is_local = not is_hub_name(name) or Path(path.parts[0]).is_dir()
     if is_local:
         raise CheckpointError(f"no model folder {name}")
-    reason = _why_not_on_hub(name)
+    reason = why_not_on_hub(name, ("config.json",))
     if reason is not None:
         raise CheckpointError(f"no model {name}: there is no such folder, and no such model on the hub ({reason})")
     return name
@@ -136,23 +134,3 @@ def _find_tokenizer(source: str, tokenizer: str | None) -> str:
         if not folder.name.startswith("checkpoint-"):
             break
     raise TokenizerError(f"{source} holds no tokenizer (tokenizer.json); name one with --tokenizer")
-
-
-def _why_not_on_hub(name: str) -> str | None:
-    """None if the hub or its local cache knows the model, else the reason; asks once, without retries."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
-    if constants.HF_HUB_OFFLINE:
-        return "offline by HF_HUB_OFFLINE, and not in the local cache"
-    try:
-        HfApi().model_info(name, timeout=_HUB_ANSWER_S)
-    except Exception as error:  # whatever the HTTP library of the installed version raises
-        return _first_line(error)
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
