@@ -111,7 +111,7 @@ def test_evaluate_measures_a_text(run: Path, text: Path) -> None:
         (["small", "--text", "{text}", "--tokenizer", "./nowhere"], "no tokenizer './nowhere'"),
         (["small", "--text", "{text}", "--set", "seqlen=100000"], "is shorter than one sequence"),
         (["--out", "{run}", "--text", "{text}"], "already holds a run"),
-        (["--resume", "--out", "nowhere"], "there is no run in nowhere to go on with"),
+        (["--resume", "--out", "nowhere"], "there is no run in nowhere: no run.json"),
         (["--resume", "--out", "{run}", "--set", "hidden_size=32"], "model.hidden_size is 32 and was 16"),
         (["demo", "--resume", "--out", "{run}"], "was started from the recipe 'small', not 'demo'"),
     ],

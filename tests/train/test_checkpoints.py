@@ -15,6 +15,7 @@ from hippos.train.checkpoints import (
     checkpoint_path,
     checkpoint_step,
     complete_checkpoints,
+    damaged_checkpoints,
     is_complete,
     last_checkpoint,
     remove_debris,
@@ -60,8 +61,10 @@ def test_damaged_checkpoint_does_not_count(tmp_path: Path, damage: str) -> None:
     else:
         (path / "model.bin").write_text("wei")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert remove_debris(tmp_path) == ["checkpoint-2"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1"]
+    said = {"file gone": "inner/more.bin is missing", "file cut short": "model.bin has 3 of 7 bytes"}
+    assert damaged_checkpoints(tmp_path) == {"checkpoint-2": said.get(damage, f"{MANIFEST} is missing or unreadable")}
+    assert remove_debris(tmp_path) == []
+    assert path.is_dir()
 
 
 def test_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:

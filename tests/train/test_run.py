@@ -214,7 +214,7 @@ class TestFolder:
         assert complete_checkpoints(tmp_path / "run")
 
     def test_nothing_to_resume(self, tmp_path: Path) -> None:
-        with pytest.raises(TrainingError, match=r"there is no run in .* to go on with: no run\.json"):
+        with pytest.raises(TrainingError, match=r"there is no run in .*: no run\.json"):
             train(None, tmp_path, resume=True, progress=QUIET)
 
     def test_resume_without_a_run_begins_one(self, tiny: TrainConfig, finished: TrainResult, tmp_path: Path) -> None:

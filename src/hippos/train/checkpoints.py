@@ -2,8 +2,8 @@
 
 A checkpoint is the folder ``checkpoint-<step>``. It is written inside ``checkpoint-<step>.tmp``; when every byte is on
 disk, the manifest ``complete.json`` (which lists all files with their sizes) is added, and one rename moves the folder
-out to its place. So a kill at any moment leaves every earlier checkpoint as it was, and what does not match its
-manifest is debris.
+out to its place. So a kill at any moment leaves every earlier checkpoint as it was. One that does not match its
+manifest was damaged later, by other hands or a failing disk: no run goes on from it, and none deletes it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint_path",
     "checkpoint_step",
     "complete_checkpoints",
+    "damaged_checkpoints",
     "is_complete",
     "last_checkpoint",
     "remove_debris",
@@ -32,7 +33,7 @@ __all__ = [
 
 MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_DEBRIS = re.compile(r"checkpoint-(\d+)(\.tmp|\.old)?")
+_DEBRIS = re.compile(r"checkpoint-(\d+)(\.tmp|\.old)")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -60,11 +61,30 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of the checkpoint's manifest is there in full length."""
+    return _damage(checkpoint) is None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """The first thing that is wrong with a checkpoint, in words, or None."""
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        sizes = json.loads((checkpoint / MANIFEST).read_text())["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return f"{MANIFEST} is missing or unreadable"
+    for name, size in sizes:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def damaged_checkpoints(run: Path) -> dict[str, str]:
+    """The checkpoints that do not match their manifest, oldest step first, each with what is wrong with it."""
+    if not run.is_dir():
+        return {}
+    named = sorted((path for path in run.iterdir() if _NAME.fullmatch(path.name)), key=checkpoint_step)
+    return {path.name: damage for path in named if (damage := _damage(path)) is not None}
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -123,7 +143,7 @@ def remove_debris(run: Path) -> list[str]:
         return []
     removed = []
     for path in sorted(run.iterdir()):
-        if _DEBRIS.fullmatch(path.name) and path.is_dir() and not (_NAME.fullmatch(path.name) and is_complete(path)):
+        if _DEBRIS.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
             removed.append(path.name)
     return removed

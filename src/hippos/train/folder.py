@@ -55,7 +55,7 @@ def stored_config(run: Path) -> TrainConfig:
         TrainingError: If the folder holds no run, or its ``run.json`` cannot be read.
     """
     if not (run / RUN_FILE).is_file():
-        raise TrainingError(f"there is no run in {run} to go on with: no {RUN_FILE}")
+        raise TrainingError(f"there is no run in {run}: no {RUN_FILE}")
     try:
         return TrainConfig.from_dict(_read(run)["config"])
     except (ValueError, KeyError, TypeError, ConfigError) as error:

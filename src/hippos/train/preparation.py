@@ -79,10 +79,15 @@ def prepare_data(
         packed_validation = pack(validation, tokenizer).head(config.run.eval_tokens)
     blocks = TokenBlocks(packed, config.data.seqlen, name=train.name)
     progress.note(
-        f"{train.name}: {packed.n_tokens:,} tokens ({packed.n_bytes / 1e6:.1f} MB, {packed.n_documents:,} documents) "
+        f"{train.name}: {packed.n_tokens:,} tokens ({_amount(packed)}) "
         f"to train on, {packed_validation.n_tokens:,} to validate; vocabulary {len(tokenizer):,}"
     )
     return PreparedData(tokenizer, blocks, packed, packed_validation)
+
+
+def _amount(text: PackedTokens) -> str:
+    size = f"{text.n_bytes / 1e6:.1f} MB" if text.n_bytes >= 100_000 else f"{text.n_bytes:,} bytes"
+    return f"{size}, {text.n_documents:,} document{'' if text.n_documents == 1 else 's'}"
 
 
 def _prepare_stream(

@@ -14,7 +14,7 @@ import torch
 
 from hippos.errors import ConfigError
 from hippos.train.arguments import micro_batch_size
-from hippos.train.checkpoints import checkpoint_step
+from hippos.train.checkpoints import checkpoint_step, damaged_checkpoints
 from hippos.train.closing import ngram_scores, write_sample
 from hippos.train.config import RunConfig, TrainConfig
 from hippos.train.folder import (
@@ -133,6 +133,8 @@ def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, 
             progress.note(
                 "With another micro_batch_size losses go on as they were but for rounding and dropout's draws"
             )
+        for name, damage in damaged_checkpoints(run).items():
+            progress.note(f"{name} is damaged ({damage}): it is left as it is, and the run goes on from an earlier one")
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
         summary = read_summary(run)
