@@ -19,7 +19,7 @@ from hippos.layers.projections import (
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftOperators, ShiftSSM
 from hippos.ops import H3State, h3_mix
-from hippos.ops.arguments import check_offsets, document_bounds, is_debugging
+from hippos.ops.arguments import check_offsets, document_bounds, must_read_offsets
 from hippos.ops.h3_mix.projected import h3_mix_projected, takes_projected
 from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
 from hippos.ops.tracing import is_exporting
@@ -317,7 +317,7 @@ class H3(nn.Module):
             if not takes_projected(u, weight, shift.filter, diag.log_a):
                 return None
             check_offsets(cu_seqlens, batch=u.shape[0])
-            if cu_seqlens is not None and (is_debugging() or not cu_seqlens.is_cuda):
+            if must_read_offsets(cu_seqlens, takes_kernels=True):
                 document_bounds(cu_seqlens, batch=u.shape[0], seqlen=u.shape[1])
             return h3_mix_projected(u, weight, bias, *shift, *diag, cu_seqlens)
 

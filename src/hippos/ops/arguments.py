@@ -162,6 +162,17 @@ def is_debugging() -> bool:
     return os.environ.get("HIPPOS_DEBUG", "0") not in ("", "0")
 
 
+def must_read_offsets(cu_seqlens: Tensor | None, *, takes_kernels: bool) -> bool:
+    """Whether `document_bounds` is called: where PyTorch needs the offsets, or looking at them waits for nothing.
+
+    Kernels read offsets on the GPU by themselves; the host looks at those under HIPPOS_DEBUG=1 alone, never in traced
+    programs or while a CUDA graph is captured.
+    """
+    if cu_seqlens is None or not takes_kernels or not cu_seqlens.is_cuda:
+        return True
+    return _can_be_read(cu_seqlens)
+
+
 def document_bounds(cu_seqlens: Tensor | None, *, batch: int, seqlen: int) -> list[int] | None:
     """Read the offsets of packed documents to the host, checked.
 

@@ -16,7 +16,7 @@ from hippos.ops.arguments import (
     check_signal,
     check_tensor,
     document_bounds,
-    is_debugging,
+    must_read_offsets,
 )
 from hippos.ops.h3_mix.autograd import h3_mix_triton, is_common, why_not_triton
 from hippos.ops.h3_mix.chunked import h3_mix_torch
@@ -161,8 +161,8 @@ def h3_mix(
         n_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state("initial_state", initial_state, n_states, shift_filter, log_a, head_dim)
     takes_triton = _takes_triton(q, shift_filter, log_a, head_dim, impl)
-    reads_offsets = not takes_triton or is_debugging() or (cu_seqlens is not None and not cu_seqlens.is_cuda)
-    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen) if reads_offsets else None
+    reads = must_read_offsets(cu_seqlens, takes_kernels=takes_triton)
+    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen) if reads else None
     layer = (shift_filter, shift_d, log_a, b, c, d)
     arguments = (q, k, v, *layer, head_dim, initial_state, bounds)
     state: H3State | None

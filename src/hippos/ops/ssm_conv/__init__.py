@@ -17,7 +17,7 @@ from hippos.ops.arguments import (
     check_signal,
     check_tensor,
     document_bounds,
-    is_debugging,
+    must_read_offsets,
 )
 from hippos.ops.ssm_conv.autograd import ssm_conv_triton, why_not_triton
 from hippos.ops.ssm_conv.choice import ssm_conv_torch
@@ -148,8 +148,8 @@ def ssm_conv(
         check_tensor("initial_state", initial_state, f"{axes}, H, M, 2", sizes, like=u, dtypes=PARAMETER_DTYPES)
     inputs = (u, log_a, b, c, d, in_gate, out_gate, initial_state)
     takes_triton = _takes_triton(u, log_a, (in_gate, out_gate), impl)
-    reads_offsets = not takes_triton or is_debugging() or (cu_seqlens is not None and not cu_seqlens.is_cuda)
-    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen) if reads_offsets else None
+    reads = must_read_offsets(cu_seqlens, takes_kernels=takes_triton)
+    bounds = document_bounds(cu_seqlens, batch=batch, seqlen=seqlen) if reads else None
     if takes_triton:
         y, state = ssm_conv_triton(*inputs, cu_seqlens, return_state)
     elif impl == "reference":
