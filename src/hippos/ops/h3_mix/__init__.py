@@ -177,7 +177,7 @@ def h3_mix(
 
 def _takes_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, impl: Impl) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
-    # Larger SSMs, and wide heads, wait until their tests have run on a GPU.
+    # Larger SSMs wait until their tests have run on a GPU, wide heads until they are captured and timed there.
     is_proven = is_common(shift_filter, log_a) and head_dim == 1
     is_chosen = impl == "auto" and q.is_cuda and is_proven and not is_exporting()
     if impl != "triton" and not is_chosen:
