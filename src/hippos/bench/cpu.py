@@ -80,6 +80,30 @@ GENERATION_INT8 = Case(
     plan=Plan(warmup=1, rounds=7),
 )
 
+# As many times as fast as GPT-2, whose attention compares each token with all before it.
+LONG_PROMPTS = {8192: 1.5, 32768: 3.0}
+
+LONG_PROMPT = Case(
+    name="long_prompt",
+    title="Reading a long prompt",
+    sizes=tuple(
+        GenerationSize(
+            n_tokens,
+            4,
+            {"GPT-2 124M": ("gpt2", {"n_positions": n_tokens + 4}), **HYBRID},
+            baseline="GPT-2 124M",
+            prompt_at_least=at_least,
+        )
+        for n_tokens, at_least in LONG_PROMPTS.items()
+    ),
+    quick_sizes=tuple(replace(size, prompt_at_least=1.0) for size in GENERATION.quick_sizes),
+    prepare=prepare_generation,
+    labels=("prompt_len",),
+    plan=Plan(warmup=0, rounds=1),
+)
+
 SUITE = Suite(
-    name="cpu", title="Speed on the cores of a CPU", cases=(SSM_CONV, DECODE_STEP, GENERATION, GENERATION_INT8)
+    name="cpu",
+    title="Speed on the cores of a CPU",
+    cases=(SSM_CONV, DECODE_STEP, GENERATION, GENERATION_INT8, LONG_PROMPT),
 )
