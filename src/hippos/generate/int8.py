@@ -50,7 +50,7 @@ def _replace(model: Any) -> None:
 def _quantise_by_torchao(model: Any) -> None:
     if importlib.util.find_spec("torchao") is None:
         raise UnsupportedError(
-            f'int8 weights on {model.device.type} need torchao, which is not installed: pip install "hippos[int8]"'
+            f"int8 weights on {model.device.type} need torchao, which is not installed: pip install torchao"
         )
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

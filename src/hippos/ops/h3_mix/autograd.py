@@ -10,7 +10,7 @@ from torch import Tensor
 from hippos.ops.h3_mix.chunked import kept_keys
 from hippos.ops.h3_mix.heads import MOST_CHANNELS, h3_heads_kernel_op
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
-from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative, with_unit_stride, without_gaps
+from hippos.ops.h3_mix.layout import MixGradients, laid_out, refuse_second_derivative, with_unit_stride, without_gaps
 from hippos.ops.h3_mix.state import H3State, document_ends, last_keys, last_samples
 from hippos.ops.h3_mix.tail import state_after_tail
 from hippos.ops.kernel_device import has_large_shared_memory, is_interpreted
@@ -157,9 +157,6 @@ def saved_states(q: Tensor, log_a: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Memory for the states that the backward pass starts from."""
     n_docs = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return q.new_empty(saved_shape(q, log_a.shape[1], n_docs), dtype=saved_dtype(q.dtype))
-
-
-MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("hippos::h3_mix_kernel_backward", mutates_args=())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.h3_mix.heads_fallback import heads_backward_without_kernels, heads_forward_without_kernels
-from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative, without_gaps
+from hippos.ops.h3_mix.layout import MixGradients, laid_out, refuse_second_derivative, without_gaps
 from hippos.ops.h3_mix.state import diag_state_sizes
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
@@ -68,9 +68,6 @@ def _forward_shapes(
     return torch.empty_like(q), q.new_empty(sizes, dtype=torch.float32) if return_state else none(q)
 
 
-HeadGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 @torch.library.custom_op("hippos::h3_heads_kernel_backward", mutates_args=())
 def h3_heads_kernel_backward_op(
     q: Tensor,
@@ -118,7 +115,7 @@ def _backward_shapes(
     head_dim: int,
     dout: Tensor,
     dstate: Tensor | None,
-) -> HeadGradients:
+) -> MixGradients:
     signals = (torch.empty_like(without_gaps(dout), dtype=x.dtype) for x in (q, k, v))
     rest = (shift_filter, shift_d, log_a, b, c, d, past, initial_state)
     return *signals, *(none(q) if x is None else x.new_empty(x.shape) for x in rest)  # type: ignore[return-value]

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from hippos.ops.h3_mix.chunked import h3_mix_torch
+from hippos.ops.h3_mix.layout import MixGradients
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, shift_conv_chunked, with_skip
 from hippos.ops.h3_mix.state import H3State, diag_state_sizes
 from hippos.ops.ssm_conv import kernel_fallback as diagonal
 from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.ssm_conv.schedule import forward_schedule
-
-HeadGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def heads_forward_without_kernels(
@@ -79,7 +78,7 @@ def heads_backward_without_kernels(
     head_dim: int,
     dout: Tensor,
     dstate: Tensor | None,
-) -> HeadGradients:
+) -> MixGradients:
     """Gradients of the eleven input tensors; those of absent ones are empty."""
     layer = (shift_filter, shift_d, log_a, b, c, d)
     bounds = [0, q.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hippos.ops.h3_mix.layout import MixGradients
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, shift_conv_chunked, with_skip
 from hippos.ops.ssm_conv import kernel_fallback as diagonal
 from hippos.ops.ssm_conv.chunked import Inputs
@@ -48,7 +49,7 @@ def backward_without_kernels(
     cu_seqlens: Tensor | None,
     dout: Tensor,
     dstate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> MixGradients:
     """Gradients of the eleven input tensors; those of absent ones are empty."""
     taps = with_skip(shift_filter, shift_d)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()

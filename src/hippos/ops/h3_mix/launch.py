@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
+from hippos.ops.h3_mix.layout import MixGradients
 from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
 from hippos.ops.h3_mix.state import first_samples
@@ -55,7 +56,6 @@ class MixInputs(NamedTuple):
 
 
 # The gradients of all but the bias, in the same order; those of absent tensors are empty.
-MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def h3_mix_fwd(

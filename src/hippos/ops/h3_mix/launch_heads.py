@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_heads import h3_heads_kernel, h3_heads_parameters_kernel
 from hippos.ops.h3_mix.launch import (
-    MixGradients,
     MixInputs,
     _drop_padding,
     _pad_modes,
@@ -20,6 +19,7 @@ from hippos.ops.h3_mix.launch import (
     _shift_keys_bwd,
     key_dtype,
 )
+from hippos.ops.h3_mix.layout import MixGradients
 from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel
 from hippos.ops.ssm_conv.launch_operators import ChunkOperators, make_chunk_operators
 from hippos.ops.ssm_conv.schedule import (

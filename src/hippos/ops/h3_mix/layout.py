@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 
+# Of q, k, v, shift_filter, shift_d, log_a, b, c, d, past and initial_state: the tensors of every kernel operator here.
+MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 def laid_out(inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """The tensors as the kernels read them: a compiler may have changed strides on the way to the operator."""

@@ -111,10 +111,11 @@ def ssm_conv(
             zero when left out.
         return_state: Return the state after the last sample too.
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
-            B must be 1. Each document starts from its own state. Reading the offsets waits for their device.
-        impl: "auto" takes "torch": chunks, or, without states and documents, one product up to 64 samples and on a CPU
-            an FFT where that is faster (choice.py has the measurements). "triton" runs the GPU kernels, on CUDA
-            tensors and without packed documents; they copy a signal whose last stride is not 1.
+            B must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and
+            check them under HIPPOS_DEBUG=1 alone; elsewhere reading them waits for their device.
+        impl: "auto" takes the GPU kernels ("triton") on CUDA tensors that they support, and "torch" elsewhere and for
+            export: chunks, or, without states and documents, one product up to 64 samples and on a CPU an FFT where
+            that is faster (choice.py has the measurements). The kernels copy a signal whose last stride is not 1.
 
     Returns:
         ``y``, shape (B, H, L), dtype of ``u``; with ``return_state``, ``(y, state)``, the state shaped like
