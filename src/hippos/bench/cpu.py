@@ -71,7 +71,7 @@ GENERATION = Case(
 
 GENERATION_INT8 = Case(
     name="generation_int8",
-    title="The same with int8 weights in the H3 hybrid",
+    title="Writing behind a prompt: an H3 hybrid with int8 weights and GPT-2",
     sizes=tuple(replace(size, is_int8=True, tokens_at_least=2.0) for size in GENERATION.sizes),
     quick_sizes=tuple(replace(size, is_int8=True) for size in GENERATION.quick_sizes),
     prepare=prepare_generation,
