@@ -186,3 +186,10 @@ def test_every_gpu_is_seen_by_the_name_that_it_was_given(monkeypatch: pytest.Mon
     assert visible_gpus() == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == []
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_is_not_there_is_told_plainly(tmp_path: Path) -> None:
+    study = small_study(Study(corpus=("nothere",), validation=("nothere",), tokenizer="./nothere"))
+    with pytest.raises(TrainingError, match=r"^the run hybrid-0 failed: no tokenizer './nothere'[^;]*$"):
+        run_side_by_side(study, tmp_path, 2, lambda event: None)

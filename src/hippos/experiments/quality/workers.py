@@ -98,7 +98,8 @@ def run_side_by_side(study: Study, out: Path, n_jobs: int, report: Callable[[Eve
             for process in processes:
                 process.join(_CLOSING_S)
     if failed:
-        raise TrainingError("; ".join(f"the run {run.mixer}-{run.seed} failed: {run.error}" for run in failed))
+        said = dict.fromkeys(f"the run {run.mixer}-{run.seed} failed: {run.error}" for run in failed)
+        raise TrainingError("; ".join(said))
 
 
 def _listen(processes: Sequence[BaseProcess], told: Any, report: Callable[[Event], None]) -> Iterator[Event]:
@@ -130,8 +131,12 @@ def _work(study: Study, out: Path, n_threads: int, told: Any) -> None:
     # Deterministic algorithms would write into every empty tensor, to show who reads one: nobody here does.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     os.setpgrp()  # Ctrl-C on a terminal reaches the parent alone, which hands it on
-    with _claim(out / "text.lock", waits=True):
-        _encode(study)  # by one process; the others find it in the cache
+    try:
+        with _claim(out / "text.lock", waits=True):
+            _encode(study)  # by one process; the others find it in the cache
+    except HipposError as error:
+        _Teller(runs_of(study)[0], told).tell(error=str(error))
+        return
     parent = parent_process()
     for run in runs_of(study):
         if parent is not None and not parent.is_alive():
