@@ -142,6 +142,17 @@ def test_reference_shows_the_help_of_every_verb():
     assert tuple(re.findall(r"^<!-- hippos ([a-z]+) --help -->$", page, re.MULTILINE)) == cli.app_verbs()
 
 
+def test_pages_include_programs_by_directives_that_the_site_knows():
+    # A formatter of code that does not know the directive writes it as a sum, which the site shows as it stands.
+    included = []
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        included += re.findall(r"^--8<--\n(.+)\n--8<--$", text, re.MULTILINE)
+        assert not re.findall(r"^--8(?!<--$).*", text, re.MULTILINE), page
+    assert included
+    assert not [path for path in included if not (ROOT / path).exists()]
+
+
 def test_version_is_that_of_the_metadata():
     from importlib.metadata import version
 
