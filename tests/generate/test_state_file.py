@@ -54,6 +54,15 @@ def test_going_on_from_a_file_equals_the_uninterrupted_run(prompt, shape, tmp_pa
     assert torch.equal(generate(model, NOTHING, state=again, **options).tokens, whole.tokens)
 
 
+def test_a_file_has_the_mode_of_any_other_file_and_leaves_nothing_beside_it(prompt, tmp_path):
+    (tmp_path / "usual").touch()
+    save_state(Generator(make_model()).read(prompt), tmp_path / "state.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"usual", "state.safetensors"}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    with pytest.raises(FileNotFoundError):
+        save_state(Generator(make_model()).read(prompt), tmp_path / "missing" / "state.safetensors")
+
+
 def test_a_state_in_the_middle_of_its_ring_is_saved_in_order(prompt, tmp_path):
     model = make_model()
     writer = Generator(model)

@@ -64,6 +64,15 @@ def test_the_file_holds_the_tied_weight_once(make_model, tmp_path):
     assert "lm_head.weight" not in names
 
 
+def test_others_may_read_the_weights_if_they_may_read_the_rest(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "whole")
+    make_model().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    (tmp_path / "usual").touch()
+    files = [*(tmp_path / "whole").iterdir(), *(tmp_path / "shards").iterdir()]
+    assert sum(file.suffix == ".safetensors" for file in files) > 2
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "usual").stat().st_mode}
+
+
 def test_untied_weights(make_model, ids, tmp_path):
     model = make_model(tie_word_embeddings=False)
     assert model.lm_head.weight is not model.model.embed_tokens.weight

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hippos.errors import StateError, UnsupportedError
 from hippos.generate.state import GenerationState
+from hippos.models.safetensors_file import write_safetensors
 
 _FORMAT = "hippos generation state"
 _VERSION = "1"
@@ -49,8 +50,6 @@ def save_state(state: GenerationState, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If it cannot be written; a file that was there before is whole then.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     tensors = _packed(state)
     fingerprint = model_fingerprint(state.model)
@@ -60,15 +59,14 @@ def save_state(state: GenerationState, path: str | os.PathLike[str]) -> None:
         "model": fingerprint,
         "checksum": _checksum(tensors, fingerprint),
     }
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        save_file(tensors, name, metadata)
-        with open(name, "rb") as written:
+        write_safetensors(tensors, aside, metadata)
+        with aside.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(name, path)
+        aside.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 

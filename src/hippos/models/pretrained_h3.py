@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +56,21 @@ class H3PreTrainedModel(PreTrainedModel):
                 yield block.mlp.fc2
                 if isinstance(block.mixer, CachedSelfAttention) or self.config.rescale_mixer_out_proj:
                     yield block.mixer.out_proj
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as Transformers does; the weights can be read by whoever can read the configuration.
+
+        Args:
+            save_directory: The folder; made if missing.
+            *args: The other arguments of Transformers' method.
+            **kwargs: Likewise.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # safetensors lets only the owner read what it writes; other files follow the umask.
+        folder = Path(save_directory)
+        for config in folder.glob("config.json"):
+            for weights in folder.glob("model*.safetensors"):
+                weights.chmod(config.stat().st_mode)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import CheckpointError
+from hippos.models.safetensors_file import write_safetensors
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 2**26, 2**30
 
@@ -78,9 +79,6 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     # safetensors refuses memory that two weights share or that one fills only in part.
     seen: set[int] = set()
     own: dict[str, Tensor] = {}
@@ -89,10 +87,4 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         is_own = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         own[name] = tensor if is_own else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(storage.data_ptr())
-    path.touch()
-    usual_mode = path.stat().st_mode
-    try:
-        save_file(own, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # Not an OSError, but with its text: "... No space left on device (os error 28)".
-        raise OSError(f"cannot write {path.name}: {error}") from error
-    path.chmod(usual_mode)  # safetensors lets only the owner read.
+    write_safetensors(own, path, {"format": "pt"})
