@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +54,8 @@ class RoomSize:
         h3: Fields of `H3Config`.
         gpt2: Fields of ``GPT2Config``.
         dtype: Dtype of the weights.
+        gigabytes: Memory of the GPU that may be used, weights and all (10^9 bytes).
+        ratio: How many times the texts of GPT-2 are wanted.
         most: Texts at most, for a machine whose memory is not worth filling.
     """
 
@@ -59,6 +63,8 @@ class RoomSize:
     h3: ModelFields = field(hash=False)
     gpt2: ModelFields = field(hash=False)
     dtype: str = "bfloat16"
+    gigabytes: float = 80.0
+    ratio: float = 8.0
     most: int | None = None
 
 
@@ -117,23 +123,49 @@ def prepare_room(size: RoomSize, context: Context) -> Workload:
     error = checked_error(size.h3, size.dtype, context)
     model = language_model("h3", size.h3, size.dtype, context)
     give_back_memory()
-    fits = largest_batch(model, context=size.context, chunk_len=1) or 1
+    n_bytes = int(size.gigabytes * 1e9)
+    fits = largest_batch(model, context=size.context, chunk_len=1, free=_left(n_bytes, context)) or 1
     batch = fits if size.most is None else min(fits, size.most)
-    total = torch.cuda.mem_get_info(context.device)[1] if context.device.type == "cuda" else free_bytes(context.device)
-    rows = _gpt2_rows(size, total or 0)
+    rows = _gpt2_rows(size, n_bytes)
+    name = f"H3, {batch} texts"
+    with _no_more_than(n_bytes, context):
+        method = _replayed_step(model, batch, 8, context, room=size.context)
     findings = [
         Finding(f"texts of {size.context:,} tokens that H3 decodes at once", float(batch), "texts"),
         Finding("bytes of one of them", n_bytes_of_row(model, context=size.context) / 2**20, "MiB"),
-        Finding("texts that GPT-2's cache has room for in all of the memory", float(rows), "texts"),
-        Finding("ratio", batch / max(rows, 1), "times"),
+        Finding(f"texts that GPT-2's cache has room for in {size.gigabytes:g} GB", float(rows), "texts"),
+        Finding(f"ratio (wanted: {size.ratio:g})", batch / max(rows, 1), "times"),
     ]
     return Workload(
-        methods={f"H3, {batch} texts": _replayed_step(model, batch, 8, context, room=size.context)},
-        check=lambda: {f"H3, {batch} texts": error},
+        methods={name: method},
+        check=lambda: {name: error},
         max_error=2 * MAX_ERRORS[size.dtype],
         work_per_call={STEP: batch},
         findings=lambda samples: findings,
+        notes={"memory": f"{size.gigabytes:g} GB at most for each model, its weights included"},
     )
+
+
+def _left(n_bytes: int, context: Context) -> int:
+    """Bytes of ``n_bytes`` that this process can still take."""
+    if context.device.type != "cuda":
+        return min(n_bytes, free_bytes(context.device) or n_bytes)
+    taken = torch.cuda.memory_allocated(context.device)
+    return min(n_bytes - taken, free_bytes(context.device) or 0)
+
+
+@contextmanager
+def _no_more_than(n_bytes: int, context: Context) -> Iterator[None]:
+    """Let PyTorch take no more than ``n_bytes`` of the GPU's memory in all."""
+    if context.device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.mem_get_info(context.device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(n_bytes / total, 1.0), context.device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, context.device)
 
 
 def _replayed_step(model: Any, batch: int, position: int, context: Context, *, room: int | None = None) -> Method:
