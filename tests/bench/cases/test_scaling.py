@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +22,9 @@ FOUND = Measured({ALONE: [1.0, 3.0], TOGETHER: [1.5, 2.5]}, {ALONE: 2.0, TOGETHE
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SUITE.cases, ids=lambda case: case.name)
 def test_two_processes_agree_with_one(case) -> None:
-    workload = prepare_scaling(case.quick_sizes[0], CPU, rounds=2)
+    told: list[str] = []
+    workload = prepare_scaling(case.quick_sizes[0], replace(CPU, tell=told.append), rounds=2)
+    assert sum("round 2 of 2" in line for line in told) == 2
     assert workload.check()[TOGETHER] < 5e-3
     clock = Clock(CPU.device)
     samples = {name: method(clock) for name, method in workload.methods.items()}
@@ -51,3 +57,22 @@ def test_the_last_words_of_failing_processes_are_told() -> None:
     size = ScalingSize("ddp", {"preset": "nowhere"}, seqlen=8, batch=1, bound=1.0, n_processes=1, is_compiled=False)
     with pytest.raises(BenchmarkError, match=r"one of 1 processes failed \(exit code 1\):"):
         prepare_scaling(size, CPU)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_tells_where() -> None:
+    hanging = """
+import time
+from hippos.bench.cases.scaling_worker import Watch
+
+def wait_for_nobody():
+    time.sleep(60)
+
+watch = Watch(seconds_at_most=0.5)
+watch.begin("waiting")
+wait_for_nobody()
+"""
+    ended = subprocess.run([sys.executable, "-c", hanging], capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 1
+    assert "s, process 0: waiting" in ended.stderr
+    assert "in wait_for_nobody" in ended.stderr

@@ -26,7 +26,7 @@ from hippos.experiments.quality import (
     write_curves,
     write_results,
 )
-from hippos.experiments.quality.study import ORDER, runs_of, small_study
+from hippos.experiments.quality.study import ORDER, chosen_runs, runs_of, small_study
 from hippos.experiments.quality.workers import run_side_by_side, visible_gpus
 from hippos.train import RunProgress
 from hippos.train.preparation import make_model
@@ -63,6 +63,13 @@ def test_pairs_come_first() -> None:
     runs = runs_of(STUDY)
     assert runs[:6] == [(mixer, seed) for seed in range(3) for mixer in ("hybrid", "transformer")]
     assert sorted(runs[6:]) == [("gss", 0), ("h3", 0), ("s4d", 0)]
+
+
+def test_runs_are_chosen_by_name() -> None:
+    assert chosen_runs(STUDY, ()) == runs_of(STUDY)
+    assert chosen_runs(STUDY, ("s4d-0", "hybrid-2")) == [("s4d", 0), ("hybrid", 2)]
+    with pytest.raises(ConfigError, match="no run 's4d-1'; its runs are hybrid-0, "):
+        chosen_runs(STUDY, ("hybrid-0", "s4d-1"))
 
 
 def _runs(differences: tuple[float, ...] = (1.5, 1.5, 1.5)) -> list[Run]:

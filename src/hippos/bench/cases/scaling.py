@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from hippos.errors import BenchmarkError, UnsupportedError
 STEP = "step"
 ALONE, TOGETHER = "1 process", "all processes"
 SECONDS_AT_MOST = 300.0
+_GRACE_S = 3.0
+_LAST_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def prepare_scaling(size: ScalingSize, context: Context, *, rounds: int = 8) -> 
         raise UnsupportedError(
             f"this case needs {size.n_processes} GPUs, and this machine has {torch.cuda.device_count()}"
         )
-    found = run_processes(size, context.device.type, rounds)
+    found = run_processes(size, context.device.type, rounds, context.tell)
     # Throughput is compared over the tokens of all processes; a shared sequence grows with their number.
     times = {ALONE: size.n_processes if size.parallel != "context" else 1, TOGETHER: 1}
     methods = {name: _replay([seconds * times[name] for seconds in found.seconds[name]]) for name in times}
@@ -119,11 +121,13 @@ def _what_times_mean(size: ScalingSize) -> str:
     return f"for {n * tokens:,} tokens, {n} steps of one process, on its own GPU while the others' run the same"
 
 
-def run_processes(size: ScalingSize, device_type: str, rounds: int) -> Measured:
+def run_processes(
+    size: ScalingSize, device_type: str, rounds: int, tell: Callable[[str], object] = lambda text: None
+) -> Measured:
     """Run `hippos.bench.cases.scaling_worker` in as many processes as the size wants.
 
     They are started with torchrun's environment but without it: on one machine nothing has to be agreed on, and what
-    torchrun asks the machine's name service may take long.
+    torchrun asks the machine's name service may take long. Each tells what it is at; ``tell`` hears the first.
 
     Raises:
         BenchmarkError: If one fails or they take too long.
@@ -137,7 +141,7 @@ def run_processes(size: ScalingSize, device_type: str, rounds: int) -> Measured:
         command = [sys.executable, "-m", "hippos.bench.cases.scaling_worker", wanted, str(out)]
         workers = [_start(command, rank, size.n_processes, port, log) for rank, log in enumerate(logs)]
         try:
-            _wait_for(workers, logs)
+            _wait_for(workers, logs, tell)
         finally:
             for worker in workers:
                 worker.kill()
@@ -160,24 +164,34 @@ def _start(command: list[str], rank: int, n_processes: int, port: int, log: Path
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def _wait_for(workers: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
-    """Wait until all workers are done or one has failed, whose last words the error then has."""
+def _wait_for(
+    workers: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], tell: Callable[[str], object] = lambda text: None
+) -> None:
+    """Wait until all workers are done or one has failed; the error then has the last words of all."""
     deadline = time.monotonic() + SECONDS_AT_MOST
+    told = 0
     while any(worker.poll() is None for worker in workers) and not any(worker.poll() for worker in workers):
         if time.monotonic() > deadline:
-            raise BenchmarkError(
-                f"{len(workers)} processes took more than {SECONDS_AT_MOST:g} s; the first wrote:\n{_end_of(logs[0])}"
-            )
+            raise BenchmarkError(f"{len(workers)} processes took more than {SECONDS_AT_MOST:g} s\n{_last_words(logs)}")
         time.sleep(0.1)
-    for worker, log in zip(workers, logs, strict=True):
-        if worker.poll():
-            raise BenchmarkError(
-                f"one of {len(workers)} processes failed (exit code {worker.returncode}):\n{_end_of(log)}"
-            )
+        lines = logs[0].read_text(errors="replace").splitlines()
+        for line in lines[told:]:
+            if ", process 0: " in line:
+                tell(line)
+        told = len(lines)
+    failed = [worker.poll() for worker in workers if worker.poll()]
+    if not failed:
+        return
+    grace = time.monotonic() + _GRACE_S  # the others may be about to tell why, too
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < grace:
+        time.sleep(0.1)
+    raise BenchmarkError(f"one of {len(workers)} processes failed (exit code {failed[0]}):\n{_last_words(logs)}")
 
 
-def _end_of(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-40:])
+def _last_words(logs: Sequence[Path]) -> str:
+    """The end of what each process wrote."""
+    ends = ["\n".join(log.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]) for log in logs]
+    return "\n".join(f"--- process {rank}\n{end}" for rank, end in enumerate(ends))
 
 
 def _replay(seconds: list[float]) -> Method:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -26,6 +28,29 @@ from hippos.train.sharding import shard_model
 WARMUP_STEPS = 3
 CHECKED_TOKENS = 4096
 CHUNK_TOKENS = 4096
+STAGE_SECONDS_AT_MOST = 120.0
+DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True}
+
+
+class Watch:
+    """Tells what this process is at; if one thing takes too long, tells where every thread is, and ends the process.
+
+    Args:
+        seconds_at_most: For one thing.
+    """
+
+    def __init__(self, seconds_at_most: float = STAGE_SECONDS_AT_MOST) -> None:
+        self._start, self._seconds_at_most = time.monotonic(), seconds_at_most
+
+    def begin(self, what: str) -> None:
+        """Tell what begins now, with the seconds since the watch was made."""
+        elapsed = time.monotonic() - self._start
+        print(f"{elapsed:.1f} s, process {os.environ.get('RANK', '0')}: {what}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(self._seconds_at_most, exit=True)
+
+    def end(self) -> None:
+        """Watch no longer."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Training:
@@ -54,7 +79,7 @@ class Training:
             shard_model(model, device, dtype=torch.bfloat16)
         elif is_together:
             ids = [device.index] if device.type == "cuda" else None
-            self.run = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self.run = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **DDP_OPTIONS)
         groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
         self.optimiser = torch.optim.AdamW(groups, fused=True)
         self.ids = self._draw(size.seqlen * (processes.world_size if self.part else 1), size.batch)
@@ -93,12 +118,15 @@ class Training:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
-    def measure(self, rounds: int) -> list[float]:
+    def measure(self, rounds: int, watch: Watch) -> list[float]:
         """Seconds a step, of several rounds, from a common start to this process's end."""
-        for _ in range(WARMUP_STEPS):
+        for number in range(1, WARMUP_STEPS + 1):
+            watch.begin(f"step {number} of {WARMUP_STEPS} that are not timed")
             self.step()
+            self._wait()
         seconds = []
-        for _ in range(rounds):
+        for number in range(1, rounds + 1):
+            watch.begin(f"round {number} of {rounds}")
             self._wait()
             start = time.perf_counter()
             for _ in range(self.size.steps):
@@ -124,27 +152,49 @@ def main(wanted: str, out: Path) -> None:
     fields = json.loads(wanted)
     device_type, rounds = fields.pop("device"), fields.pop("rounds")
     size = ScalingSize(**fields)
+    watch = Watch()
+    watch.begin("meeting the others")
     processes = Processes.join()
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     found = Measured({}, {}, {})
     results: tuple[Any, ...] = (found.seconds, found.losses, found.peak_bytes)
     for name, is_together in ((ALONE, False), (TOGETHER, True)):
-        if device_type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        training = Training(size, device, processes, is_together=is_together)
-        loss = training.checked_loss()
-        seconds = training.measure(rounds)
-        peak = torch.cuda.max_memory_allocated() if device_type == "cuda" else 0
-        for result, value in zip(results, (seconds, loss, peak), strict=True):
+        measured = _measure(size, device, processes, watch, name, is_together=is_together, rounds=rounds)
+        for result, value in zip(results, measured, strict=True):
             result[name] = value
-        del training
-        gc.collect()
-        if device_type == "cuda":
-            torch.cuda.empty_cache()
     if processes.is_main:
         out.write_text(json.dumps({"seconds": results[0], "losses": results[1], "peak_bytes": results[2]}))
+    watch.begin("parting")
     processes.wait()
     leave_processes()
+    watch.end()
+
+
+def _measure(
+    size: ScalingSize,
+    device: torch.device,
+    processes: Processes,
+    watch: Watch,
+    name: str,
+    *,
+    is_together: bool,
+    rounds: int,
+) -> tuple[list[float], float, int]:
+    """Seconds a step, the checked loss, and the most memory in bytes."""
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    watch.begin(f"{name}: making the model")
+    training = Training(size, device, processes, is_together=is_together)
+    watch.begin(f"{name}: a loss to compare")
+    loss = training.checked_loss()
+    seconds = training.measure(rounds, watch)
+    peak = torch.cuda.max_memory_allocated() if is_cuda else 0
+    del training
+    gc.collect()
+    if is_cuda:
+        torch.cuda.empty_cache()
+    return seconds, loss, peak
 
 
 if __name__ == "__main__":

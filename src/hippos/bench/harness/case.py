@@ -103,11 +103,13 @@ class Context:
         device: Device of the measured work.
         is_quick: Whether this is a ``--quick`` run: small sizes that prove the suite, not speed.
         seed: Seed of `generator`.
+        tell: Called with what a long preparation is at.
     """
 
     device: torch.device
     is_quick: bool = False
     seed: int = 0
+    tell: Callable[[str], object] = lambda text: None
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the device, always from the same seed."""

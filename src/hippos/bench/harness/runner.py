@@ -54,9 +54,9 @@ def run_suite(
     """
     _require(suite, threads, rounds, only)
     device = torch.device(suite.device)
-    context = Context(device, is_quick=is_quick)
     cases = [case for case in suite.cases if not only or case.name in only]
     tracker = _Tracker(cases, is_quick, rounds, progress)
+    context = Context(device, is_quick=is_quick, tell=tracker.say)
     date, load_before = datetime.now().astimezone(), load_average()
     with _threads(threads or available_cores()):
         machine = describe_machine(device)

@@ -43,7 +43,7 @@ def main() -> int:
     try:
         if not given.collect:
             with _progress(study, given.out) as report:
-                run_side_by_side(study, given.out, jobs, report)
+                run_side_by_side(study, given.out, jobs, report, only=given.only)
     except HipposError as error:
         failure = str(error)
     runs = _write(study, given.out)
@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixers", nargs="+", default=list(ORDER), choices=list(MIXERS))
     parser.add_argument("--seeds", type=int, default=3, help="of the hybrid H3 and the Transformer")
     parser.add_argument("--all-seeds", action="store_true", help="for every model")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="RUN", help="train these runs alone, such as h3-1 s4d-0"
+    )
     parser.add_argument("--tokens", type=int, default=36_000_000, help="that each model reads")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--jobs", type=int, help="runs side by side, each on a GPU of its own (default: one a GPU)")

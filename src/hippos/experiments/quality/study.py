@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hippos.errors import ConfigError
 from hippos.train import DataConfig, ModelConfig, OptimConfig, RunConfig, RunProgress, TrainConfig, train
 from hippos.train.recipes import MIXERS
 
-__all__ = ["ORDER", "PAIRED", "Study", "compare", "equal_width", "run_folder", "runs_of", "study_config"]
+__all__ = ["ORDER", "PAIRED", "Study", "chosen_runs", "compare", "equal_width", "run_folder", "runs_of", "study_config"]
 
 ORDER = ("s4d", "gss", "h3", "hybrid", "transformer")
 PAIRED = ("hybrid", "transformer")
@@ -120,6 +121,18 @@ def runs_of(study: Study) -> list[tuple[str, int]]:
     """Mixer and seed of every run, those of the paired comparison first, pair by pair: a study cut short is paired."""
     runs = [(mixer, seed) for seed in range(study.n_seeds) for mixer in study.mixers if seed in study.seeds(mixer)]
     return sorted(runs, key=lambda run: run[0] not in PAIRED)
+
+
+def chosen_runs(study: Study, names: Sequence[str]) -> list[tuple[str, int]]:
+    """The runs of these names, in their order; all of the study's for none.
+
+    Raises:
+        ConfigError: If the study has no run of such a name.
+    """
+    known = {f"{mixer}-{seed}": (mixer, seed) for mixer, seed in runs_of(study)}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"the study has no run {unknown[0]!r}; its runs are {', '.join(known)}")
+    return [known[name] for name in names] or list(known.values())
 
 
 def run_folder(out: Path, mixer: str, seed: int) -> Path:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hippos.bench.harness.machine import available_cores
 from hippos.data import load_tokenizer, open_corpus, pack
 from hippos.errors import HipposError, TrainingError
-from hippos.experiments.quality.study import Study, run_folder, runs_of, study_config
+from hippos.experiments.quality.study import Study, chosen_runs, run_folder, study_config
 from hippos.train import RunProgress, train
 from hippos.train.folder import read_summary
 
@@ -61,7 +61,9 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def run_side_by_side(study: Study, out: Path, n_jobs: int, report: Callable[[Event], None]) -> None:
+def run_side_by_side(
+    study: Study, out: Path, n_jobs: int, report: Callable[[Event], None], *, only: Sequence[str] = ()
+) -> None:
     """Train all runs of a study that are not finished, each process one at a time.
 
     Several calls may share one folder: each takes the runs that no other is at.
@@ -73,18 +75,20 @@ def run_side_by_side(study: Study, out: Path, n_jobs: int, report: Callable[[Eve
         out: Folder of the runs.
         n_jobs: Processes; each has a GPU of its own where there are any.
         report: Told of each run's events.
+        only: Names of the runs to train, such as "h3-1", in this order; empty for all.
 
     Raises:
         TrainingError: If runs failed; after the others have ended.
-        ConfigError: If the text or the tokenizer is wrong.
+        ConfigError: If the text or the tokenizer is wrong, or the study has no run of such a name.
     """
+    runs = chosen_runs(study, only)
     context = get_context("spawn")
     told: Any = context.Queue()
-    arguments = (study, out, max(1, available_cores() // n_jobs), told)
+    arguments = (study, runs, out, max(1, available_cores() // n_jobs), told)
     processes: list[BaseProcess] = []
     out.mkdir(parents=True, exist_ok=True)
     with _stop_on_signals(processes):
-        for number in range(min(n_jobs, len(runs_of(study)))):
+        for number in range(min(n_jobs, len(runs))):
             with _own_gpu(number):
                 processes.append(context.Process(target=_work, args=arguments))
                 processes[-1].start()
@@ -124,7 +128,7 @@ def _listen(processes: Sequence[BaseProcess], told: Any, report: Callable[[Event
             yield Event(last.mixer, last.seed, error=f"its process ended with exit code {process.exitcode}")
 
 
-def _work(study: Study, out: Path, n_threads: int, told: Any) -> None:
+def _work(study: Study, runs: Sequence[tuple[str, int]], out: Path, n_threads: int, told: Any) -> None:
     """Train one run after the other in a process of its own."""
     torch.set_num_threads(n_threads)
     logging.disable_progress_bar()
@@ -135,10 +139,10 @@ def _work(study: Study, out: Path, n_threads: int, told: Any) -> None:
         with _claim(out / "text.lock", waits=True):
             _encode(study)  # by one process; the others find it in the cache
     except HipposError as error:
-        _Teller(runs_of(study)[0], told).tell(error=str(error))
+        _Teller(runs[0], told).tell(error=str(error))
         return
     parent = parent_process()
-    for run in runs_of(study):
+    for run in runs:
         if parent is not None and not parent.is_alive():
             return
         folder = run_folder(out, *run)
