@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_tracing
 
 from hippos.models.configuration_h3 import ATTENTION, LINEAR, H3Config
 from hippos.models.context import ContextPart
+from hippos.ops.tracing import is_exporting
 
 
 class TokenLayout(NamedTuple):
@@ -230,6 +231,8 @@ def lay_out(
         attention_mask = None
     elif isinstance(mask, Mapping):
         attention_mask = mask.get(ATTENTION)
+    elif _is_plainly_causal(config, mask, past, cu_seqlens):
+        attention_mask = None
     else:
         attention_mask = create_causal_mask(
             config=config,
@@ -239,6 +242,16 @@ def lay_out(
             position_ids=None if cu_seqlens is None else position_ids,
         )
     return TokenLayout(real, cu_seqlens, position_ids if has_positions else None, attention_mask)
+
+
+def _is_plainly_causal(config: H3Config, mask: Any, past: Cache | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether PyTorch's attention needs no mask beside its flag.
+
+    Transformers finds the same, but some of its versions not while a graph is traced or captured, where a mask is
+    slower by the whole difference between attention kernels.
+    """
+    is_alone = mask is None and past is None and cu_seqlens is None
+    return is_alone and config._attn_implementation == "sdpa" and not is_exporting()
 
 
 def _positions(mask: Tensor | Mapping[str, Any] | None, seqlen: int, past: Cache | None, device: Any) -> Tensor:

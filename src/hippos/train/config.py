@@ -181,6 +181,9 @@ class RunConfig:
         recompute_cheap_parts: Compute what costs little again in the backward pass: the norms before the MLPs and their
             GELUs. No product is computed twice.
         compile: Compile the model's blocks with torch.compile.
+        cuda_graph: Replay forward and backward passes from a CUDA graph, so that the host launches one thing a micro
+            batch; losses stay what they are bit for bit. None: where that goes, which is on one GPU, without document
+            resets and activation checkpointing.
         deterministic: On CUDA, use only algorithms that repeat bit for bit.
         baselines: After the last step, score unigram and trigram models on the validation text.
         sample_prompt: After the last step, let the model go on from this text; empty: don't.
@@ -200,6 +203,7 @@ class RunConfig:
     activation_checkpointing: bool = False
     recompute_cheap_parts: bool = False
     compile: bool = False
+    cuda_graph: bool | None = None
     deterministic: bool = True
     baselines: bool = False
     sample_prompt: str = ""
@@ -236,8 +240,20 @@ class TrainConfig:
             raise ConfigError(
                 "run.context_parallel goes with data.reset_at_documents=false: packed documents stay whole"
             )
+        if self.run.cuda_graph and (why := self.why_no_graph()):
+            raise ConfigError(f"run.cuda_graph does not go with {why}")
         if self.run.baselines and self.data.streaming:
             raise ConfigError("run.baselines counts a whole text, which data.streaming never has")
+
+    def why_no_graph(self) -> str | None:
+        """What keeps forward and backward passes from a CUDA graph; None if nothing here does."""
+        if self.data.reset_at_documents:
+            return "data.reset_at_documents: the number of documents differs from batch to batch"
+        if self.run.activation_checkpointing:
+            return "run.activation_checkpointing, which looks at the random numbers' state"
+        if self.run.context_parallel > 1:
+            return "run.context_parallel"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able data, defaults included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from hippos.train.progress import RunProgress
 from hippos.train.schedule import learning_rate_factor
 from hippos.train.sharding import is_sharded, reshard, shard_model
 from hippos.train.signals import StopRequest
+from hippos.train.step_graph import GraphedPasses, uses_graph
 from hippos.train.storage import where_to_go_on
 
 __all__ = ["RunTrainer"]
@@ -117,11 +119,13 @@ class RunTrainer(CheckpointingTrainer):
         self._last_loss = self._grad_norm = math.nan
         self._wants_stop = False
         self._saving_to: Path | None = None
+        self._graph: GraphedPasses | None = None
         flow = StepFlow(config.run, config.optim.steps, self._clock, lambda: self._wants_stop, self._show_step)
         collate = collate_blocks
         if config.data.reset_at_documents:
             collate = partial(collate_documents, end_id=blocks.end_id)
         arguments = training_arguments(config, run, processes)
+        self._uses_graph = uses_graph(config, arguments.device, processes)
         self._peak_flops = peak_flops(arguments.device)
         self._flops_per_token = training_flops_per_token(model, config.data.seqlen)
         if config.run.activation_checkpointing:
@@ -221,12 +225,24 @@ class RunTrainer(CheckpointingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro batch; adds up the loss of the step."""
+        # Trainer's own copy waits until the device has nothing left to do.
+        inputs = {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
         try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            if self._uses_graph:
+                loss = self._replay(model, inputs, super().training_step)
+            else:
+                loss = super().training_step(model, inputs, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise too_large(self.config, self.args.per_device_train_batch_size, self.args.device, self.run) from error
         self._step_loss = self._step_loss + loss
         return loss
+
+    def _replay(self, model: nn.Module, inputs: dict[str, Tensor], passes: Callable[..., Tensor]) -> Tensor:
+        """The passes from their graph, which the first micro batch makes."""
+        if self._graph is None:
+            accumulates = self.args.gradient_accumulation_steps > 1
+            self._graph = GraphedPasses(partial(passes, model), model.parameters(), inputs, accumulates=accumulates)
+        return self._graph(inputs, adds=isinstance(self._step_loss, Tensor))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """Trainer's hook between the gradient and the optimiser's step: refuse what is not finite.

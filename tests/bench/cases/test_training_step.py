@@ -9,7 +9,7 @@ import torch
 
 from hippos.bench.cases.training_step import OPTIMISER, PASSES, STEP, prepare_training_step
 from hippos.bench.harness import Clock, Context
-from hippos.bench.training import FRUGAL, GPT2, HYBRID, MEMORY, SUITE, TRAINING_STEP, UTILISATION
+from hippos.bench.training import FRUGAL, GPT2, HYBRID, SUITE, TRAINING_STEP, UTILISATION
 
 CPU = Context(torch.device("cpu"), is_quick=True)
 
@@ -17,14 +17,15 @@ CPU = Context(torch.device("cpu"), is_quick=True)
 def test_both_models_step_and_are_checked_against_float64() -> None:
     workload = prepare_training_step(TRAINING_STEP.quick_sizes[0], CPU)
     errors = workload.check()
-    assert set(errors) == {HYBRID, GPT2}
+    assert set(errors) == {HYBRID, FRUGAL, GPT2}
     assert all(0 < error < workload.max_error for error in errors.values())
     clock = Clock(CPU.device)
     samples = {name: method(clock) for name, method in workload.methods.items()}
-    assert set(samples) == {m + part for m in (HYBRID, GPT2) for part in ("", ": mixing", ": MLP", ": loss")}
+    parts = {m + part for m in (HYBRID, GPT2) for part in ("", ": mixing", ": MLP", ": loss")}
+    assert set(samples) == {FRUGAL, *parts}
     for name in (HYBRID, GPT2):
-        parts = samples[name]
-        assert parts[STEP] == pytest.approx(parts[PASSES] + parts[OPTIMISER])
+        times = samples[name]
+        assert times[STEP] == pytest.approx(times[PASSES] + times[OPTIMISER])
     assert all(seconds > 0 for sample in samples.values() for seconds in sample.values())
     assert workload.goals == ()
 
@@ -43,15 +44,16 @@ def test_steps_train() -> None:
 
 
 def test_frugal_models_step_too() -> None:
-    workload = prepare_training_step(MEMORY.quick_sizes[0], CPU)
-    assert set(workload.methods) == {FRUGAL, GPT2}
+    size = dataclasses.replace(TRAINING_STEP.quick_sizes[0], has_parts=False)
+    workload = prepare_training_step(size, CPU)
+    assert set(workload.methods) == {HYBRID, FRUGAL, GPT2}
     assert workload.check()[FRUGAL] < workload.max_error
     training = workload.methods[FRUGAL].__self__  # type: ignore[attr-defined]
     assert all(block.recomputes_cheap_parts for block in training.blocks)
 
 
 def test_goals_are_those_that_were_set() -> None:
-    assert [size.goals[HYBRID] for size in TRAINING_STEP.sizes] == [1.05, 1.15, 1.5, 2.4]
-    assert [(size.seqlen, size.frugal) for size in MEMORY.sizes] == [(8192, (FRUGAL,))]
-    assert [size.seqlen for size in TRAINING_STEP.sizes] == [1024, 2048, 8192, 32768]
+    goals = {size.seqlen: size.goals[HYBRID] for size in TRAINING_STEP.sizes}
+    assert goals == {1024: 1.05, 2048: 1.15, 8192: 1.5, 32768: 2.4}
+    assert [size.seqlen for size in TRAINING_STEP.sizes if FRUGAL in size.models] == [8192]
     assert SUITE.device == "cuda"

@@ -39,14 +39,18 @@ def build_gpt2(fields: Mapping[str, Any], *, dtype: str) -> Any:
 
     Args:
         fields: Fields of ``GPT2Config``, whose defaults are the model of 124M. Its table of 1,024 positions must be
-            made to reach the last token (``n_positions``).
+            made to reach the last token (``n_positions``). ``attn_implementation`` "sdpa_causal" is PyTorch's attention
+            that is told to be causal and given no mask: what "sdpa" does for whole texts, but some versions of
+            Transformers not while a graph is captured, and none without waiting for the device.
         dtype: Dtype of the weights.
 
     Returns:
         The model, in evaluation mode.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     return _evaluated(GPT2LMHeadModel(GPT2Config(**fields)), dtype)
 
 

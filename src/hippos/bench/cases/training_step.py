@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hippos.ops import linear_cross_entropy
 from hippos.train.arguments import recompute_cheap_parts
 from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.flops import peak_flops, training_flops_per_token
+from hippos.train.step_graph import GraphedPasses
 
 STEP, PASSES, OPTIMISER, PART = "step", "forward + backward", "optimiser", "forward + backward of the part"
 CHECKED_TOKENS = 128
@@ -37,6 +39,7 @@ class StepSize:
         baseline: The model that the others are compared with; None for none.
         goals: Name of a model to how often the baseline's tokens/s it should reach.
         is_compiled: Whether the models' blocks go through torch.compile.
+        is_captured: Whether, on a GPU, forward and backward passes are replayed from a CUDA graph.
         frugal: Names of models that make norms and GELUs of their MLPs again in the backward pass.
         has_parts: Whether to time mixers, MLPs and loss of each model on their own too.
     """
@@ -47,6 +50,7 @@ class StepSize:
     n_tokens: int = 32768
     goals: Mapping[str, float] = field(default_factory=dict, hash=False)
     is_compiled: bool = True
+    is_captured: bool = True
     frugal: tuple[str, ...] = ()
     has_parts: bool = True
 
@@ -76,17 +80,40 @@ class _Training:
         groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
         self.optimiser = torch.optim.AdamW(groups, fused=context.device.type in ("cpu", "cuda"))
         self.blocks = list(getattr(self.trunk, "layers", None) or self.trunk.h)
+        self.is_compiled = size.is_compiled
+        self._graph: GraphedPasses | None = None
         self.step()
         self.step()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.step()
         self.peak_bytes = self._allocated(peak=True) - before
+        self.launched_s = self._seconds_launched()
+        if size.is_captured and self.device.type == "cuda":
+            self._graph = GraphedPasses(
+                lambda inputs: self._run_passes(inputs["ids"]),
+                self.model.parameters(),
+                {"ids": self.ids},
+                accumulates=False,
+            )
 
     def _allocated(self, *, peak: bool = False) -> int:
         if self.device.type != "cuda":
             return 0
         return torch.cuda.max_memory_allocated(self.device) if peak else torch.cuda.memory_allocated(self.device)
+
+    def _seconds_launched(self) -> float | None:
+        """Of a step whose kernels the host launches one by one; the least of three, each behind another one."""
+        if self.device.type != "cuda":
+            return None
+        clock = Clock(self.device, flush_l2=False)
+        times = []
+        for _ in range(3):
+            self.step()
+            start = clock.mark()
+            self.step()
+            times.append(clock.seconds(start, clock.mark()))
+        return min(times)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Bfloat16 products."""
@@ -110,9 +137,16 @@ class _Training:
 
     def passes(self) -> None:
         """Forward and backward."""
+        if self._graph is None:
+            self._run_passes(self.ids)
+        else:
+            self._graph({"ids": self.ids}, adds=False)
+
+    def _run_passes(self, ids: Tensor) -> Tensor:
         with self.autocast():
-            loss = self.loss(self.ids)
+            loss = self.loss(ids)
         loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def update(self) -> None:
         """The optimiser's step."""
@@ -144,26 +178,38 @@ class _Training:
         hidden = torch.randn(
             self.ids.shape[0], self.ids.shape[1] - 1, self.model.config.hidden_size, device=self.device
         )
-        modules = {
-            "mixing": [block.mixer if hasattr(block, "mixer") else block.attn for block in self.blocks],
-            "MLP": [block.mlp for block in self.blocks],
+        works = {
+            "mixing": [self._compiled(partial(_add_part, _MIXERS, block)) for block in self.blocks],
+            "MLP": [self._compiled(partial(_add_part, _MLPS, block)) for block in self.blocks],
+            "loss": [lambda x: self.loss_of(x, self.ids[:, 1:])],
         }
-        methods = {name: self._part(hidden, [_first_output(m) for m in ms]) for name, ms in modules.items()}
-        methods["loss"] = self._part(hidden, [lambda x: self.loss_of(x, self.ids[:, 1:])])
-        return methods
+        return {name: self._part(hidden, functions) for name, functions in works.items()}
+
+    def _compiled(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        if not self.is_compiled:
+            return function
+        compiled: Callable[[Tensor], Tensor] = torch.compile(function, dynamic=False)
+        return compiled
 
     def _part(self, hidden: Tensor, functions: list[Callable[[Tensor], Tensor]]) -> Method:
-        x = hidden.clone().requires_grad_()
-
-        def sample(clock: Clock) -> dict[str, float]:
-            start = clock.start()
+        def run(inputs: dict[str, Tensor]) -> Tensor:
             for function in functions:
+                x = inputs["hidden"].detach().requires_grad_()
                 with self.autocast():
                     y = function(x)
                 y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
+            return y.detach()
+
+        work: Callable[[], object] = lambda: run({"hidden": hidden})  # noqa: E731
+        if self._graph is not None:
+            graph = GraphedPasses(run, self.model.parameters(), {"hidden": hidden}, accumulates=False)
+            work = lambda: graph({"hidden": hidden}, adds=False)  # noqa: E731
+
+        def sample(clock: Clock) -> dict[str, float]:
+            start = clock.start()
+            work()
             seconds = clock.seconds(start, clock.mark())
             self.optimiser.zero_grad(set_to_none=True)
-            x.grad = None
             return {PART: seconds}
 
         return sample
@@ -172,11 +218,11 @@ class _Training:
         """Relative error of the loss in bfloat16 against float64, on a few tokens."""
         ids = self.ids[:1, : CHECKED_TOKENS + 1]
         trunk = deepcopy(self.trunk).double()
-        with torch.no_grad():
+        with torch.no_grad(), without_compilation():
             hidden = trunk(ids[:, :-1], use_cache=False)[0]
             logits = (hidden @ self.model.lm_head.weight.double().t())[..., : self.model.config.vocab_size]
             wanted = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            with self.autocast(), without_compilation():
+            with self.autocast():
                 found = self.loss(ids)
         return float((found.double() - wanted).abs() / wanted)
 
@@ -215,7 +261,8 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
             "settings": "bfloat16 autocast, float32 weights, fused AdamW, no dropout, random tokens and weights",
             "compiled": "each block by torch.compile, in all models" if size.is_compiled else "nothing",
             "loss": f"linear_cross_entropy in chunks of {CHUNK_TOKENS} tokens in all models",
-            "parts": "eager, without the residual stream; their sum is not the step's time",
+            "passes": "replayed from one CUDA graph, in all models" if size.is_captured else "launched by the host",
+            "parts": "with the norm before and the sum after; embedding and last norm are missing in their sum",
         },
     )
 
@@ -223,6 +270,8 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
 def _clear(device: torch.device) -> None:
     """Drop the models and graphs of sizes before, whose number would be too large for the compiler's cache."""
     torch.compiler.reset()
+    # Kinds of blocks of all models of a size count together.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -247,6 +296,8 @@ def _findings(size: StepSize, trainings: Mapping[str, _Training], samples: Sampl
     baseline = trainings.get(size.baseline or "")
     for name, training in trainings.items():
         if training.device.type == "cuda":
+            if training.launched_s is not None:
+                found.append(Finding(f"step without a graph, {name}", training.launched_s * 1e3, "ms"))
             found.append(Finding(f"peak memory, {name}", training.peak_bytes / 2**30, "GiB"))
             if baseline is not None and training is not baseline:
                 found.append(
@@ -260,10 +311,14 @@ def _findings(size: StepSize, trainings: Mapping[str, _Training], samples: Sampl
     return found
 
 
-def _first_output(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    def call(x: Tensor) -> Tensor:
-        y = module(x)
-        result: Tensor = y[0] if isinstance(y, tuple) else y
-        return result
+# Names of a block's norm and what follows it, in H3's models and in GPT-2.
+_MIXERS = (("norm1", "mixer"), ("ln_1", "attn"))
+_MLPS = (("norm2", "mlp"), ("ln_2", "mlp"))
 
-    return call
+
+def _add_part(names: tuple[tuple[str, str], ...], block: Any, x: Tensor) -> Tensor:
+    """What a norm and the module behind it add to the stream, and the stream."""
+    norm, module = next((getattr(block, a), getattr(block, b)) for a, b in names if hasattr(block, a))
+    y = module(norm(x))
+    result: Tensor = x + (y[0] if isinstance(y, tuple) else y)
+    return result

@@ -1,0 +1,118 @@
+"""Forward and backward of a micro batch as a CUDA graph: the host launches one thing instead of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hippos.errors import ConfigError
+from hippos.train.config import TrainConfig
+from hippos.train.processes import Processes
+
+__all__ = ["GraphedPasses", "uses_graph"]
+
+# The first run compiles kernels and lets cuBLAS choose, the second sees that nothing is left to do.
+_WARMUP_RUNS = 2
+
+
+class GraphedPasses:
+    """Forward and backward passes over inputs of one shape, captured once and replayed with other values.
+
+    The first micro batch of a step writes the gradients, those after it add to them; each kind is a graph of its own,
+    so that a step of one micro batch neither clears nor reads the gradients of the step before.
+
+    Numbers are those of the passes run as they are: the same kernels in the same order, random numbers drawn from the
+    same place of the same stream. Capturing draws none.
+
+    Args:
+        passes: Runs forward and backward, adding to the parameters' ``grad``, and gives the loss without its history.
+            It may not wait for the device, nor decide by values.
+        parameters: Those that get gradients.
+        inputs: Tensors of the shapes, dtypes and device of all micro batches to come.
+        accumulates: Whether steps have more than one micro batch.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[dict[str, Tensor]], Tensor],
+        parameters: Iterable[nn.Parameter],
+        inputs: Mapping[str, Tensor],
+        *,
+        accumulates: bool,
+    ) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._passes = passes
+        self._clear_gradients()
+        device = next(iter(self._inputs.values())).device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.random.fork_rng([device]), torch.cuda.stream(stream):
+            for _ in range(_WARMUP_RUNS):
+                passes(dict(self._inputs))
+                self._clear_gradients()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._first, self._first_loss = self._capture(stream)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._adding, self._adding_loss = self._first, self._first_loss
+        if accumulates:
+            self._adding, self._adding_loss = self._capture(stream, pool=self._first.pool())
+        self._accumulates = accumulates
+        self._clear_gradients()
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, adds: bool) -> Tensor:
+        """Run the passes over a micro batch; the parameters have their gradients after it.
+
+        Args:
+            inputs: As those of the capture, by the same names.
+            adds: Whether to add to the gradients of the micro batch before.
+
+        Returns:
+            The loss, in memory that the next call overwrites.
+
+        Raises:
+            ValueError: If the inputs are of another shape, or ``adds`` although nothing accumulates.
+        """
+        if adds and not self._accumulates:
+            raise ValueError("adds=True needs passes that were captured with accumulates=True")
+        for name, kept in self._inputs.items():
+            if inputs[name].shape != kept.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(kept.shape)}, as captured, got {tuple(inputs[name].shape)}"
+                )
+            kept.copy_(inputs[name], non_blocking=True)
+        (self._adding if adds else self._first).replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return self._adding_loss if adds else self._first_loss
+
+    def _capture(self, stream: torch.cuda.Stream, pool: object = None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls are watched: one that pins memory for batches to come does no harm.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+            loss = self._passes(dict(self._inputs))
+        return graph, loss
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def uses_graph(config: TrainConfig, device: torch.device, processes: Processes) -> bool:
+    """Whether a run replays its passes from a CUDA graph.
+
+    Raises:
+        ConfigError: If the configuration asks for it and it cannot be.
+    """
+    if config.run.cuda_graph is False:
+        return False
+    why = config.why_no_graph()
+    if device.type != "cuda":
+        why = "this device: it needs a CUDA device"
+    elif not processes.is_alone:
+        why = "several processes"
+    if why is not None and config.run.cuda_graph:
+        raise ConfigError(f"run.cuda_graph does not go with {why}")
+    return why is None
