@@ -92,7 +92,7 @@ def test_stop_strings(run):
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["--prompt", "a", "--min-p", "2"], "min_p must be from 0 to 1, got 2.0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive number, got 0.0"),
-        (["--prompt", "abc", "--context", "9"], "prompt 0 has 3 tokens, and 128 more are wanted: the attention"),
+        (["--prompt", "abc", "--context", "9"], "the prompt has 3 tokens, and 128 more are wanted: the attention"),
         (["--prompt", "a", "--stop", ""], "a stop string must have at least one character"),
         (["--prompt", "a", "--device", "cuda:77"], "this machine has no device 'cuda:77'"),
         (["--prompt", "a", "--tokenizer", "./nowhere"], "no tokenizer can be read from ./nowhere"),

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hippos import H3Config, H3ForCausalLM
+from tests.generate.small_models import VOCAB
 
 END = "<|endoftext|>"
+MakeModel = Callable[..., H3ForCausalLM]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,3 +90,31 @@ def random_h3() -> H3ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return H3ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """A small random model in float64, in which the greedy token is never a close call."""
+
+    def make(seed: int = 0, **changes: Any) -> H3ForCausalLM:
+        fields = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "state_size": 8,
+            "initializer_range": 0.2,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return H3ForCausalLM(H3Config(**{**fields, **changes})).eval().double()
+
+    return make
+
+
+@pytest.fixture
+def ids(generator: torch.Generator) -> Callable[..., Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(VOCAB, shape, generator=generator)
+
+    return draw

@@ -17,7 +17,7 @@ from hippos.generate.generated import Generated
 from hippos.generate.graph_steps import GraphSteps
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.memory import advising_on_memory, check_fits
-from hippos.generate.prompts import split_prompts
+from hippos.generate.prompts import prompt_name, split_prompts
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
 from hippos.generate.steps import EagerSteps
@@ -278,7 +278,7 @@ class Generator:
         """The static state, with enough room, and the longest text's tokens."""
         totals = self._totals(pieces, state)
         for row, total in enumerate(totals):
-            self.check_length(total, max_new_tokens, f"prompt {row}")
+            self.check_length(total, max_new_tokens, prompt_name(row, len(totals)))
         needed = max(totals) + max_new_tokens
         if not self.is_h3:
             return None, needed

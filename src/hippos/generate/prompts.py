@@ -52,12 +52,17 @@ def split_prompts(
         if piece.is_floating_point() or piece.dtype == torch.bool:
             raise TypeError(f"token ids must be integers, got {piece.dtype}")
         if not (piece.shape[0] or may_be_empty):
-            raise PromptError(f"prompt {row} has no token; give at least one to continue")
+            raise PromptError(f"{prompt_name(row, len(pieces))} has no token; give at least one to continue")
     together = torch.cat(pieces)
     if together.numel():
         check_vocabulary(together, vocab_size)
     sizes = [piece.shape[0] for piece in pieces]
     return list(torch.split(together.to(device=device, dtype=torch.long), sizes))
+
+
+def prompt_name(row: int, batch: int) -> str:
+    """What messages call a prompt: by its number only where there are several."""
+    return "the prompt" if batch == 1 else f"prompt {row}"
 
 
 def _cut_rows(ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> list[Tensor]:
