@@ -25,6 +25,14 @@ class Value:
     def to(self, dtype, bitcast=False):
         return Value(self.tensor.view(dtype) if bitcast else self.tensor.to(dtype))
 
+    @property
+    def shape(self):
+        return self.tensor.shape
+
+    @property
+    def type(self):
+        return SimpleNamespace(layout=None)
+
     def __getitem__(self, index):
         return Value(self.tensor[index])
 
@@ -115,6 +123,13 @@ def raw(x):
     return x.tensor if isinstance(x, Value) else x
 
 
+def _alike(x, y):
+    """Both as tensors, a number in the dtype of the other."""
+    x, y = raw(x), raw(y)
+    dtype = next((z.dtype for z in (x, y) if isinstance(z, torch.Tensor)), None)
+    return tuple(z if isinstance(z, torch.Tensor) else torch.tensor(z, dtype=dtype) for z in (x, y))
+
+
 def _load(pointer, mask=None, other=0.0):
     at, mask = pointer.places(mask)
     loaded = pointer.memory[torch.where(mask, at, 0)]
@@ -155,7 +170,9 @@ class _Constant:
 
 def _language(program):
     where = lambda c, x, y: Value(torch.where(*(torch.as_tensor(raw(z)) for z in (c, x, y))))  # noqa: E731
-    layouts = "NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout BlockedLayout DistributedLinearLayout"
+    larger = lambda x, y: Value(torch.maximum(*_alike(x, y)))  # noqa: E731
+    layouts = "NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout SharedLinearLayout BlockedLayout "
+    layouts += "DistributedLinearLayout DotOperandLayout"
     return SimpleNamespace(
         **dict.fromkeys((*layouts.split(), "SliceLayout", "thread_barrier"), _anything),
         constexpr=_Constant, static_range=range, pointer_type=lambda dtype: dtype,
@@ -164,7 +181,10 @@ def _language(program):
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
         cdiv=lambda x, y: (x + y - 1) // y,
-        minimum=lambda x, y: Value(torch.minimum(torch.as_tensor(raw(x)), torch.as_tensor(raw(y)))),
+        minimum=lambda x, y: Value(torch.minimum(*_alike(x, y))),
+        exp=lambda x: Value(x.tensor.exp()), floor=lambda x: Value(x.tensor.floor()),
+        gather=lambda x, index, axis: Value(x.tensor.gather(axis, index.tensor.long())),
+        maximum=larger, abs=lambda x: Value(x.tensor.abs()), max=lambda x, axis: Value(x.tensor.amax(axis)),
         where=where, load=_load, store=_store, allocate_shared_memory=_allocate,
         reshape=lambda x, shape: Value(x.tensor.reshape(shape)),
         permute=lambda x, order: Value(x.tensor.permute(order)),
@@ -183,7 +203,7 @@ def _namespace(program):
         warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else tuple(deps),
     )
     async_copy = SimpleNamespace(
-        async_copy_global_to_shared=lambda tile, pointer: tile.store(_load(pointer)),
+        async_copy_global_to_shared=lambda tile, pointer, mask=None: tile.store(_load(pointer, mask)),
         commit_group=_anything,
         wait_group=_anything,
     )

@@ -1,4 +1,4 @@
-"""ssm_conv: the definition against NumPy, state passing against the definition, properties, and refusals."""
+"""ssm_conv: the definition against NumPy, state passing and the FFT against the definition."""
 
 from __future__ import annotations
 
@@ -12,65 +12,18 @@ from torch.library import opcheck
 
 from hippos.errors import UnsupportedError
 from hippos.ops import ssm_conv
-from hippos.ops.chunks import Chunks
 from hippos.ops.ssm_conv.choice import takes_fft
 from hippos.ops.ssm_conv.chunked import Inputs, choose_chunk_len
-from tests.ops.ssm_cases import (
-    LENGTHS,
-    PACKED,
-    Draw,
-    leaves,
-    nan_memory,
-    numpy_ssm_conv,
-    relative_error,
-    tolerance,
+from tests.ops.ssm_cases import LENGTHS, PACKED, leaves, nan_memory, numpy_ssm_conv, relative_error
+from tests.ops.ssm_conv_cases import (
+    DTYPES,
+    assert_close,
+    call,
+    functional_of,
+    make_inputs,
+    outputs_and_gradients,
+    without,
 )
-
-N_HEADS, N_MODES = 3, 4
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def make_inputs(random: Draw, batch: int, seqlen: int, n_states: int | None = None, dtype=torch.float64) -> Inputs:
-    """All eight input tensors; parameters and states in float32 unless ``dtype`` is float64."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    signals = [random.normal(batch, N_HEADS, seqlen, dtype=dtype) for _ in range(3)]
-    modes = random.modes(N_HEADS, N_MODES, dtype=exact)
-    state = random.normal(n_states or batch, N_HEADS, N_MODES, 2, dtype=exact)
-    return Inputs(signals[0], *modes, random.normal(N_HEADS, dtype=exact), *signals[1:], state)
-
-
-def call(inputs: Inputs, bounds: list[int] | None = None, **options):
-    u, log_a, b, c, d, in_gate, out_gate, initial_state = inputs
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    gates = {"in_gate": in_gate, "out_gate": out_gate}
-    return ssm_conv(
-        u, log_a, b, c, d, **gates, initial_state=initial_state, return_state=True, cu_seqlens=cu_seqlens, **options
-    )
-
-
-def outputs_and_gradients(inputs: Inputs, bounds: list[int] | None = None, *, dtype=None, **options) -> dict:
-    """Outputs, and gradients of a random functional of them, by name; ``dtype`` casts the inputs first."""
-    inputs = Inputs(*leaves(*inputs, dtype=dtype))
-    y, state = call(inputs, bounds, **options)
-    functional_of(y, state).backward()
-    gradients = {f"d_{name}": tensor.grad for name, tensor in inputs._asdict().items() if tensor is not None}
-    return {"y": y.detach(), "state": state.detach(), **gradients}
-
-
-def functional_of(*outputs: torch.Tensor) -> torch.Tensor:
-    """A random linear functional whose weights every dtype can represent."""
-    weights = Draw(seed=1)
-    return sum((x.double() * weights.normal(*x.shape).bfloat16()).sum() for x in outputs)
-
-
-def assert_close(found: dict, wanted: dict) -> None:
-    for name, tensor in found.items():
-        error, limit = relative_error(tensor, wanted[name]), tolerance(wanted[name], tensor.dtype)
-        assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.2e}"
-
-
-def without(inputs: Inputs, absent: tuple[str, ...]) -> Inputs:
-    return inputs._replace(**dict.fromkeys(absent))
 
 
 class TestReference:
@@ -268,149 +221,3 @@ def test_fft_and_chunks_are_chosen_by_size():
     assert [choose_chunk_len(1, seqlen) for seqlen in (1, 2, 5, 900, 2048, 10**6)] == [1, 2, 8, 16, 32, 64]
     assert choose_chunk_len(1, 10**6, n_docs=10**5) == 16
     assert choose_chunk_len(64, 1024) == 64
-
-
-class TestProperties:
-    def test_causality(self, random):
-        inputs = make_inputs(random, 2, 200)
-        y, _ = call(inputs)
-        changed = inputs._replace(u=torch.cat((inputs.u[..., :130], random.normal(2, N_HEADS, 70)), dim=-1))
-        y_changed, _ = call(changed)
-        assert torch.equal(y[..., :128], y_changed[..., :128])  # whole chunks before the change
-        torch.testing.assert_close(y[..., :130], y_changed[..., :130], rtol=1e-12, atol=1e-12)
-        assert (y[..., 130:] != y_changed[..., 130:]).all()
-
-    def test_linearity(self, random):
-        inputs = make_inputs(random, 2, 150)
-        other = inputs._replace(u=random.normal(2, N_HEADS, 150), initial_state=random.normal(2, N_HEADS, N_MODES, 2))
-        total = inputs._replace(u=2 * inputs.u - other.u, initial_state=2 * inputs.initial_state - other.initial_state)
-        for first, second, both in zip(call(inputs), call(other), call(total), strict=True):
-            torch.testing.assert_close(2 * first - second, both, rtol=1e-11, atol=1e-11)
-
-    def test_any_split_is_the_whole(self, random):
-        inputs = make_inputs(random, 2, 300)
-        y, state = call(inputs)
-        for _ in range(50):
-            n_cuts = int(torch.randint(1, 8, (), generator=random.generator))
-            cuts = torch.randperm(299, generator=random.generator)[:n_cuts].sort().values + 1
-            pieces, carried = [], inputs.initial_state
-            for left, right in itertools.pairwise([0, *cuts.tolist(), 300]):
-                signals = {name: getattr(inputs, name)[..., left:right] for name in ("u", "in_gate", "out_gate")}
-                piece, carried = call(inputs._replace(**signals, initial_state=carried))
-                pieces.append(piece)
-            torch.testing.assert_close(torch.cat(pieces, dim=-1), y, rtol=1e-10, atol=1e-10)
-            torch.testing.assert_close(carried, state, rtol=1e-10, atol=1e-10)
-
-    def test_gradients_flow_through_a_split(self, random):
-        inputs = make_inputs(random, 1, 100)
-        whole, split = Inputs(*leaves(*inputs)), Inputs(*leaves(*inputs))
-        call(whole)[0].square().sum().backward()
-        carried, total = split.initial_state, torch.zeros(())
-        for span in (slice(0, 37), slice(37, 100)):
-            signals = {name: getattr(split, name)[..., span] for name in ("u", "in_gate", "out_gate")}
-            y, carried = call(split._replace(**signals, initial_state=carried))
-            total = total + y.square().sum()
-        total.backward()
-        for left, right in zip(split, whole, strict=True):
-            assert relative_error(left.grad, right.grad) < 1e-12
-
-    def test_packed_is_separate(self, random):
-        inputs = make_inputs(random, 1, PACKED[-1], n_states=len(PACKED) - 1)
-        y, states = call(inputs, PACKED)
-        for doc, (left, right) in enumerate(itertools.pairwise(PACKED)):
-            if left == right:
-                assert torch.equal(states[doc], inputs.initial_state[doc])
-                continue
-            signals = {name: getattr(inputs, name)[..., left:right] for name in ("u", "in_gate", "out_gate")}
-            alone, state = call(inputs._replace(**signals, initial_state=inputs.initial_state[doc : doc + 1]))
-            torch.testing.assert_close(y[..., left:right], alone, rtol=1e-11, atol=1e-11)
-            torch.testing.assert_close(states[doc], state[0], rtol=1e-11, atol=1e-11)
-
-    def test_packing_pads_no_document_to_the_longest(self):
-        bounds = [0, *range(1000, 1100)]
-        chunks = Chunks(1, bounds[-1], 64, bounds, like=torch.zeros(()))
-        assert chunks.n_rows <= bounds[-1] // 64 + len(bounds) - 1
-
-    @pytest.mark.parametrize("impl", ["reference", "torch"])
-    @pytest.mark.parametrize("log_modulus", [-torch.inf, -1e4, -80.0])
-    def test_modes_that_forget_at_once(self, random, impl, log_modulus):
-        inputs = make_inputs(random, 2, 150, dtype=torch.float32)
-        inputs.log_a[:, 1:, 0] = log_modulus
-        inputs.log_a[:, 1, 1] = 0.0
-        found = outputs_and_gradients(inputs, impl=impl)
-        assert all(tensor.isfinite().all() for tensor in found.values())
-        y, state = numpy_ssm_conv(*inputs)
-        assert relative_error(found["y"], torch.from_numpy(y)) < 5e-6
-        assert relative_error(found["state"], torch.from_numpy(state)) < 5e-6
-
-    @pytest.mark.slow
-    def test_a_million_samples(self, random):
-        inputs = make_inputs(random, 1, 2**20)
-        y, state = call(inputs)
-        half = 2**19 + 17
-        signals = {name: getattr(inputs, name)[..., :half] for name in ("u", "in_gate", "out_gate")}
-        first, carried = call(inputs._replace(**signals))
-        signals = {name: getattr(inputs, name)[..., half:] for name in ("u", "in_gate", "out_gate")}
-        second, last = call(inputs._replace(**signals, initial_state=carried))
-        torch.testing.assert_close(torch.cat((first, second), dim=-1), y, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(last, state, rtol=1e-9, atol=1e-9)
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"u": torch.zeros(2, 3)}, ValueError, r"u must have shape \(B, H, L\).*got \(2, 3\)"),
-            ({"u": torch.zeros(2, 3, 0)}, ValueError, r"at least one channel and one time step, got shape \(2, 3, 0\)"),
-            ({"u": torch.zeros(2, 3, 5, dtype=torch.int64)}, TypeError, "u must have one of the dtypes.*got int64"),
-            ({"u": torch.zeros(2, 3, 5, dtype=torch.complex64)}, TypeError, "got complex64"),
-            ({"u": [1.0]}, TypeError, "u must be a tensor.*got list"),
-            ({"u": torch.zeros(2, 3, 5, device="meta")}, ValueError, "log_a must be on meta.*got cpu"),
-            ({"log_a": torch.zeros(4, 4, 2)}, ValueError, r"log_a must have shape \(H, M, 2\) = \(3, any, 2\)"),
-            ({"log_a": torch.zeros(3, 0, 2)}, ValueError, "at least one channel and one mode"),
-            ({"log_a": torch.zeros(3, 4, 2, dtype=torch.bfloat16)}, TypeError, "float32, float64, got bfloat16"),
-            ({"b": torch.zeros(3, 5, 2)}, ValueError, r"b must have shape \(H, M, 2\) = \(3, 4, 2\), got \(3, 5, 2\)"),
-            ({"c": torch.zeros(3, 4, dtype=torch.complex64)}, TypeError, "c must have one of the dtypes"),
-            ({"d": torch.zeros(4)}, ValueError, r"d must have shape \(H\) = \(3\), got \(4,\)"),
-            ({"in_gate": torch.zeros(2, 3, 6)}, ValueError, "in_gate must have shape"),
-            ({"out_gate": torch.zeros(2, 3, 5, dtype=torch.bool)}, TypeError, "out_gate must have one of the dtypes"),
-            ({"initial_state": torch.zeros(1, 3, 4, 2)}, ValueError, r"\(B, H, M, 2\) = \(2, 3, 4, 2\), got \(1,"),
-            ({"initial_state": torch.zeros(2, 3, 4, 2).half()}, TypeError, "initial_state.*got float16"),
-        ],
-    )
-    def test_tensors(self, random, change, error, message):
-        with pytest.raises(error, match=message):
-            call(make_inputs(random, 2, 5, dtype=torch.float32)._replace(**change))
-
-    @pytest.mark.parametrize(
-        ("cu_seqlens", "error", "message"),
-        [
-            (torch.tensor([0.0, 5.0]), TypeError, "cu_seqlens must have one of the dtypes int32, int64"),
-            (torch.tensor([[0, 5]]), ValueError, r"cu_seqlens must have shape \(n_docs \+ 1\)"),
-            (torch.tensor([0]), ValueError, "at least 2|>= 2 entries, got 1"),
-            (torch.tensor([1, 5]), ValueError, "from 0 to L = 5, got 1 to 5"),
-            (torch.tensor([0, 4]), ValueError, "from 0 to L = 5, got 0 to 4"),
-            (torch.tensor([0, 3, 2, 5]), ValueError, "must not decrease, got 2 after 3"),
-        ],
-    )
-    def test_documents(self, random, cu_seqlens, error, message):
-        u, *modes = make_inputs(random, 1, 5)[:4]
-        with pytest.raises(error, match=message):
-            ssm_conv(u, *modes, cu_seqlens=cu_seqlens)
-
-    def test_documents_in_a_batch(self, random):
-        u, *modes = make_inputs(random, 2, 5)[:4]
-        with pytest.raises(ValueError, match="B must be 1, got B = 2"):
-            ssm_conv(u, *modes, cu_seqlens=torch.tensor([0, 5]))
-
-    def test_states_count_documents(self, random):
-        u, *modes = make_inputs(random, 1, 5)[:4]
-        with pytest.raises(ValueError, match=r"\(n_docs, H, M, 2\) = \(2, 3, 4, 2\), got \(1, 3, 4, 2\)"):
-            ssm_conv(u, *modes, initial_state=torch.zeros(1, 3, 4, 2), cu_seqlens=torch.tensor([0, 2, 5]))
-
-    def test_implementations(self, random):
-        u, *modes = make_inputs(random, 2, 5)[:4]
-        with pytest.raises(ValueError, match="impl must be one of auto, reference, torch, triton, got 'cuda'"):
-            ssm_conv(u, *modes, impl="cuda")
-        with pytest.raises(UnsupportedError):
-            ssm_conv(u, *modes, impl="triton")
