@@ -178,18 +178,14 @@ class _Training:
         hidden = torch.randn(
             self.ids.shape[0], self.ids.shape[1] - 1, self.model.config.hidden_size, device=self.device
         )
-        works = {
-            "mixing": [self._compiled(partial(_add_part, _MIXERS, block)) for block in self.blocks],
-            "MLP": [self._compiled(partial(_add_part, _MLPS, block)) for block in self.blocks],
+        # Called with blocks, and not made for each of them, one graph serves all blocks of a kind.
+        add: Any = torch.compile(_add_part, dynamic=False) if self.is_compiled else _add_part
+        works: dict[str, list[Callable[[Tensor], Tensor]]] = {
+            "mixing": [partial(add, _MIXERS, block) for block in self.blocks],
+            "MLP": [partial(add, _MLPS, block) for block in self.blocks],
             "loss": [lambda x: self.loss_of(x, self.ids[:, 1:])],
         }
         return {name: self._part(hidden, functions) for name, functions in works.items()}
-
-    def _compiled(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        if not self.is_compiled:
-            return function
-        compiled: Callable[[Tensor], Tensor] = torch.compile(function, dynamic=False)
-        return compiled
 
     def _part(self, hidden: Tensor, functions: list[Callable[[Tensor], Tensor]]) -> Method:
         def run(inputs: dict[str, Tensor]) -> Tensor:
