@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from hippos.layers.ssm_init import REAL_PART_MAGNITUDE, initial_frequencies
 from hippos.layers.ssm_module import SSMModule, ssm_dtype
 from hippos.ops import discretise
+from hippos.ops.kernel_device import has_parameter_kernels
+from hippos.ops.parameters.layers import diagonal_operators
+from hippos.ops.tracing import is_exporting
 
 _SMALLEST_RELU_DECAY = 1e-4
 
@@ -140,9 +143,17 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
     def forward(self) -> DiagonalOperators:
         """Discretise, and give log Abar, Bbar, C, each of shape (H, M, 2), with the skip weights, shape (H,)."""
         self._check_precision()
+        if self.B is not None and self._is_one_program():
+            return DiagonalOperators(*diagonal_operators(self.log_dt, self.A_real, self.A_imag, self.B, self.C, self.D))
         A, B, dt, skip = self._continuous()
         log_a, b = discretise(A, B, dt, method=self.discretisation)
         return DiagonalOperators(log_a, b, self.C.clone(), skip)
+
+    def _is_one_program(self) -> bool:
+        """Whether a GPU program makes the operators: in the default form, each head with an A and B of its own."""
+        is_default = self.discretisation == "bilinear" and self.real_type == "exp" and self.C.shape[0] == self.n_ssm
+        parameters = (x for x in self._parameters.values() if x is not None)
+        return is_default and has_parameter_kernels(*parameters) and not is_exporting()
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A and B, (H, M, 2), dt and D, (H,), of every head; bidirectional heads twice, the second time with D = 0."""

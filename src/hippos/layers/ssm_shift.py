@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from hippos.layers.ssm_module import SSMModule, ssm_dtype
 from hippos.ops import shift_filter
+from hippos.ops.kernel_device import has_parameter_kernels
+from hippos.ops.parameters.layers import shift_operators
+from hippos.ops.tracing import is_exporting
 
 
 class ShiftOperators(NamedTuple):
@@ -79,6 +82,8 @@ class ShiftSSM(SSMModule[ShiftOperators]):
     def forward(self) -> ShiftOperators:
         """Compute the convolution filter, shape (D, N), and give it with the skip weights, shape (D,)."""
         self._check_precision()
+        if has_parameter_kernels(self.B, self.C, self.D) and not is_exporting():
+            return ShiftOperators(*shift_operators(self.B, self.C, self.D))
         return ShiftOperators(shift_filter(self.B, self.C).clone(), self.D.clone())
 
     def extra_repr(self) -> str:

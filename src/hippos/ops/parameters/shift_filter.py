@@ -16,7 +16,7 @@ def shift_filter_kernel_op(b: Tensor, c: Tensor) -> Tensor:
     """K[d, l] = sum_n b[d, n] c[d, n + l], all (D, N), float32, on a GPU."""
     from hippos.ops.parameters.launch import shift_filter_fwd
 
-    return shift_filter_fwd(b, c)
+    return shift_filter_fwd(b, c)[0]
 
 
 @shift_filter_kernel_op.register_fake
