@@ -165,6 +165,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
+def test_a_process_that_fails_before_its_first_run_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "text.lock").mkdir(parents=True)  # no file can be opened in its place
+    with pytest.raises(TrainingError, match="ended with exit code 1 before its first run began"):
+        run_side_by_side(_tiny_study(tmp_path), tmp_path / "runs", 1, lambda event: None)
+
+
+@pytest.mark.slow
 def test_a_study_that_is_asked_to_stop_saves_and_tells_what_it_has(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The hippo walks to the river, and the river runs to the sea.\n" * 400)

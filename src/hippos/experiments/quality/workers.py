@@ -122,9 +122,13 @@ def _listen(processes: Sequence[BaseProcess], told: Any, report: Callable[[Event
         if event.error:
             yield event
     for process in processes:
-        # A process that was killed could not tell.
+        if process.exitcode in (0, -signal.SIGTERM):
+            continue
+        # A process that was killed, or failed before it came to a run, could not tell.
         last = at_work.get(process.pid or 0)
-        if process.exitcode not in (0, -signal.SIGTERM) and last is not None and not last.error:
+        if last is None:
+            raise TrainingError(f"a process ended with exit code {process.exitcode} before its first run began")
+        if not last.error:
             yield Event(last.mixer, last.seed, error=f"its process ended with exit code {process.exitcode}")
 
 
