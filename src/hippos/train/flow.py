@@ -74,6 +74,7 @@ class StepFlow(TrainerCallback):
         clock: Told when steps begin and end.
         wants_stop: Asked after each step whether someone asked for the end; the run saves then.
         on_step: Called with the number of each finished step.
+        settle: Called before anything is logged, validated or saved, and before the end; may refuse by an error.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class StepFlow(TrainerCallback):
         clock: StepClock,
         wants_stop: Callable[[], bool],
         on_step: Callable[[int], None],
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.run = run
         self.total = total
         self.clock = clock
         self.wants_stop = wants_stop
         self.on_step = on_step
+        self.settle = settle
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -100,11 +103,13 @@ class StepFlow(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide what follows the step."""
-        self.clock.end_step()
         step = state.global_step
         is_last = step >= self.total
         control.should_log = is_last or step % self.run.log_steps == 0
         control.should_evaluate = is_last or step % self.run.eval_steps == 0
         control.should_save = is_last or step % self.run.save_steps == 0 or self.wants_stop()
         control.should_training_stop = is_last or self.wants_stop()
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.settle()
+        self.clock.end_step()
         self.on_step(step)

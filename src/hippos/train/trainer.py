@@ -53,12 +53,10 @@ from hippos.train.schedule import learning_rate_factor
 from hippos.train.sharding import is_sharded, reshard, shard_model
 from hippos.train.signals import StopRequest
 from hippos.train.step_graph import GraphedPasses, uses_graph
+from hippos.train.step_numbers import StepNumbers, skip_updates_unless_finite
 from hippos.train.storage import where_to_go_on
 
 __all__ = ["RunTrainer"]
-
-_WINDOW_FILE = "window.json"
-_STREAM_FILE = "stream.json"
 
 
 class RunTrainer(CheckpointingTrainer):
@@ -120,7 +118,16 @@ class RunTrainer(CheckpointingTrainer):
         self._wants_stop = False
         self._saving_to: Path | None = None
         self._graph: GraphedPasses | None = None
-        flow = StepFlow(config.run, config.optim.steps, self._clock, lambda: self._wants_stop, self._show_step)
+        self._reads_late = False
+        self._numbers = StepNumbers()
+        flow = StepFlow(
+            config.run,
+            config.optim.steps,
+            self._clock,
+            lambda: self._wants_stop,
+            self._show_step,
+            self._read_numbers,
+        )
         collate = collate_blocks
         if config.data.reset_at_documents:
             collate = partial(collate_documents, end_id=blocks.end_id)
@@ -146,6 +153,8 @@ class RunTrainer(CheckpointingTrainer):
         )
         self.model_accepts_loss_kwargs = False  # Trainer up to 5.17 asks this instead of `loss_is_scaled_for_ga`
         self.remove_callback(PrinterCallback)
+        # A fused step can be skipped by the device, but not yet that of sharded parameters.
+        self._reads_late = self.args.device.type == "cuda" and not is_sharded(model)
         if not processes.is_alone:
             seed_process(config.optim.seed, processes, first_step)
         if is_sharded(model):
@@ -247,8 +256,11 @@ class RunTrainer(CheckpointingTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """Trainer's hook between the gradient and the optimiser's step: refuse what is not finite.
 
+        On a GPU the device itself leaves the weights as they are, and the host finds out a step later: it waits for
+        nothing but what is written down.
+
         Raises:
-            TrainingError: If the loss or the gradient is not finite; the weights are still those of the last step.
+            TrainingError: If the loss or the gradient is not finite; the weights are those of the step before.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(grad_norm, DTensor):
@@ -256,18 +268,29 @@ class RunTrainer(CheckpointingTrainer):
         measured = [self._step_loss, grad_norm, float(self.stop.signal is not None)]
         on_device = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in measured])
         # The mean over all processes; one who was asked to stop stops all of them after the same step.
-        loss, norm, wants_stop = self.accelerator.reduce(on_device, reduction="mean").tolist()
-        self._step_loss, self._wants_stop = 0.0, wants_stop > 0
-        self._last_loss, self._grad_norm = loss, norm
-        for name, value in (("loss", loss), ("norm of the gradient", norm)):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} at step {self.state.global_step + 1}; training stopped before it changed "
-                    f"the weights. {where_to_go_on(self.run)}. The same settings lead there again: try a lower "
-                    "optim.learning_rate"
-                )
-        self._window.losses.append(loss)
+        numbers = self.accelerator.reduce(on_device, reduction="mean")
+        self._step_loss = 0.0
+        self._numbers.send(self.state.global_step + 1, numbers)
+        if not self._reads_late:
+            self._read_numbers()
+        else:
+            skip_updates_unless_finite(self.optimizer.optimizer, numbers)
+            self._read_numbers(leave=0 if math.isnan(self._last_loss) else 1)
         return grad_norm
+
+    def _read_numbers(self, *, leave: int = 0) -> None:
+        """Take in what the steps have measured, all but the last ``leave``, and refuse what is not finite."""
+        for step, (loss, norm, wants_stop) in self._numbers.receive(leave=leave):
+            self._wants_stop = self._wants_stop or wants_stop > 0
+            for name, value in (("loss", loss), ("norm of the gradient", norm)):
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"the {name} is {value} at step {step}; training stopped before it changed the weights. "
+                        f"{where_to_go_on(self.run)}. The same settings lead there again: try a lower "
+                        "optim.learning_rate"
+                    )
+            self._last_loss, self._grad_norm = loss, norm
+            self._window.losses.append(loss)
 
     def _show_step(self, step: int) -> None:
         self.progress.step(step, self._last_loss)

@@ -87,7 +87,8 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.step()
-        self.peak_bytes = self._allocated(peak=True) - before
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.peak_bytes = self._allocated(peak=True) - before + weights
         self.launched_s = self._seconds_launched()
         if size.is_captured and self.device.type == "cuda":
             self._graph = GraphedPasses(
