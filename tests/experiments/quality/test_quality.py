@@ -26,7 +26,7 @@ from hippos.experiments.quality import (
     write_curves,
     write_results,
 )
-from hippos.experiments.quality.study import ORDER, chosen_runs, runs_of, small_study
+from hippos.experiments.quality.study import NARROW_GSS, ORDER, chosen_runs, equal_width, runs_of, small_study
 from hippos.experiments.quality.workers import run_side_by_side, visible_gpus
 from hippos.train import RunProgress
 from hippos.train.preparation import make_model
@@ -43,6 +43,15 @@ def test_models_have_equal_parameters_of_the_size_asked_for() -> None:
     assert min(counts) > 50e6
     assert max(counts) < 125e6
     assert max(counts) / min(counts) < 1.01
+
+
+def test_with_a_narrow_gate_gss_has_the_mlp_of_the_hybrid() -> None:
+    assert equal_width(STUDY, "gss") < 1000
+    assert equal_width(STUDY, NARROW_GSS) == pytest.approx(equal_width(STUDY, "hybrid"), rel=0.01)
+    fields = study_config(STUDY, NARROW_GSS, 0).model.changes
+    assert fields["mixer_options"] == {"d_gate": 968}
+    page = [Run(NARROW_GSS, 0, 10, 1000, 20.0)]
+    assert "| GSS, narrow gate | 1,000 | 20.00 | 20.00 |" in print_table(page)
 
 
 def test_runs_differ_in_mixer_and_seed_alone() -> None:

@@ -15,10 +15,9 @@ from hippos.bench.harness.machine import describe_machine
 from hippos.errors import HipposError
 from hippos.experiments.quality.figures import draw_curves
 from hippos.experiments.quality.results import Run, find_runs, write_results
-from hippos.experiments.quality.study import ORDER, Study, runs_of, small_study
+from hippos.experiments.quality.study import NAMES, ORDER, Study, runs_of, small_study
 from hippos.experiments.quality.table import print_table, write_curves
 from hippos.experiments.quality.workers import Event, run_side_by_side, visible_gpus
-from hippos.train.recipes import MIXERS
 
 
 def main() -> int:
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", nargs="+", required=True, help="training text: files, folders")
     parser.add_argument("--validation", nargs="+", required=True, help="held-out text")
     parser.add_argument("--tokenizer", default="gpt2", help="folder or Hugging Face name")
-    parser.add_argument("--mixers", nargs="+", default=list(ORDER), choices=list(MIXERS))
+    parser.add_argument("--mixers", nargs="+", default=list(ORDER), choices=list(NAMES))
     parser.add_argument("--seeds", type=int, default=3, help="of the hybrid H3 and the Transformer")
     parser.add_argument("--all-seeds", action="store_true", help="for every model")
     parser.add_argument(

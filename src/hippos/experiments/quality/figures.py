@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hippos.experiments.quality.results import Run
-from hippos.train.recipes import MIXERS
+from hippos.experiments.quality.study import NAMES
 
 __all__ = ["draw_curves"]
 
@@ -34,11 +34,11 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     shown: set[str] = set()
     for run in runs:
         style: dict[str, Any] = {
-            "color": f"C{list(MIXERS).index(run.mixer)}",
+            "color": f"C{list(NAMES).index(run.mixer)}",
             "linestyle": "-" if run.perplexity is not None else "--",
             "linewidth": 1.2,
         }
-        name = None if run.mixer in shown else MIXERS[run.mixer]
+        name = None if run.mixer in shown else NAMES[run.mixer]
         shown.add(run.mixer)
         held_out = [(tokens / 1e6, math.exp(nll)) for tokens, nll in run.validation]
         late = [(tokens / 1e6, loss) for tokens, loss in _smoothed(run.training)[len(run.training) // 4 :]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +14,26 @@ from hippos.errors import ConfigError
 from hippos.train import DataConfig, ModelConfig, OptimConfig, RunConfig, RunProgress, TrainConfig, train
 from hippos.train.recipes import MIXERS
 
-__all__ = ["ORDER", "PAIRED", "Study", "chosen_runs", "compare", "equal_width", "run_folder", "runs_of", "study_config"]
+__all__ = [
+    "NAMES",
+    "ORDER",
+    "PAIRED",
+    "Study",
+    "chosen_runs",
+    "compare",
+    "equal_width",
+    "run_folder",
+    "runs_of",
+    "study_config",
+]
 
 ORDER = ("s4d", "gss", "h3", "hybrid", "transformer")
 PAIRED = ("hybrid", "transformer")
+NARROW_GSS = "gss-narrow"
+"""GSS whose gate leaves parameters for an MLP as wide as the hybrid's; no part of the comparison, but a test of GSS."""
+NAMES: Mapping[str, str] = MappingProxyType({**MIXERS, NARROW_GSS: "GSS, narrow gate"})
+"""Name of a model of the study -> name for people."""
+_NARROW_GATE = 1.89  # over D
 _WIDTH_STEP = 8
 _LARGEST_DIFFERENCE = 0.005
 
@@ -29,7 +46,7 @@ class Study:
         corpus: Training text.
         validation: Held-out text.
         tokenizer: Of all models.
-        mixers: Names in `hippos.train.recipes.MIXERS`.
+        mixers: Names in `NAMES`.
         n_seeds: Seeds of each model; one for those that are not in the paired comparison, unless all are wanted.
         has_all_seeds: Whether every model gets all seeds.
         hidden_size: Width.
@@ -66,8 +83,8 @@ class Study:
     )
 
     def __post_init__(self) -> None:
-        if unknown := [mixer for mixer in self.mixers if mixer not in MIXERS]:
-            raise ConfigError(f"unknown mixer {unknown[0]!r} in the study, known are {', '.join(MIXERS)}")
+        if unknown := [mixer for mixer in self.mixers if mixer not in NAMES]:
+            raise ConfigError(f"unknown mixer {unknown[0]!r} in the study, known are {', '.join(NAMES)}")
 
     @property
     def steps(self) -> int:
@@ -166,6 +183,9 @@ def _model_fields(study: Study, mixer: str) -> dict[str, Any]:
     }
     if mixer == "transformer":
         return {**fields, "attn_layers": tuple(range(study.n_layers)), "learned_positions": study.seqlen}
+    if mixer == NARROW_GSS:
+        d_gate = _WIDTH_STEP * round(_NARROW_GATE * study.hidden_size / _WIDTH_STEP)
+        return {**fields, "mixer": "gss", "attn_layers": (), "mixer_options": {"d_gate": d_gate}}
     kind = "h3" if mixer == "hybrid" else mixer.removesuffix("-hybrid")
     return {**fields, "mixer": kind, "attn_layers": study.attn_layers if mixer.endswith("hybrid") else ()}
 

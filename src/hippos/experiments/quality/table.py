@@ -8,17 +8,16 @@ from html import escape
 from pathlib import Path
 
 from hippos.experiments.quality.results import Run
-from hippos.experiments.quality.study import ORDER, PAIRED
+from hippos.experiments.quality.study import NAMES, ORDER, PAIRED
 from hippos.report.svg import Line, draw_chart
 from hippos.train.checkpoints import write_atomically
-from hippos.train.recipes import MIXERS
 
 __all__ = ["PairedDifference", "paired_difference", "print_table", "write_curves"]
 
 _FEW_POINTS = 20  # these are marked one by one
 # Two-sided 95 % quantiles of Student's t for 2, 3, ... pairs.
 _QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-_COLOURS = ("#1f77b4", "#e0700d", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+_COLOURS = ("#1f77b4", "#e0700d", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#0a8a8a")
 _STYLE = """
 :root { color-scheme: light dark; } body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }
 svg { width: 100%; height: auto; font-size: 12px; } svg text { fill: currentColor; }
@@ -76,7 +75,7 @@ def print_table(runs: Sequence[Run]) -> str:
             continue
         each = ", ".join(f"{value:.2f}" for value in values)
         mean = sum(values) / len(values)
-        lines.append(f"| {MIXERS[mixer]} | {own[0].parameters:,} | {mean:.2f} | {each} |")
+        lines.append(f"| {NAMES[mixer]} | {own[0].parameters:,} | {mean:.2f} | {each} |")
     if (found := paired_difference(runs)) is not None:
         each = ", ".join(f"{value:+.2f}" for value in found.by_seed.values())
         margin = "" if found.margin is None else f", 95 % interval of the mean +-{found.margin:.2f}"
@@ -119,10 +118,10 @@ def _chart(
     curves: Sequence[tuple[Run, Sequence[tuple[int, float]]]], title: str, y_label: str, from_zero: bool = True
 ) -> str:
     """A chart in which a model has one colour, and its seeds are lines of the same."""
-    names = list(MIXERS)
+    names = list(NAMES)
     lines = [
         Line(
-            MIXERS[run.mixer],
+            NAMES[run.mixer],
             [(float(tokens), value) for tokens, value in points],
             has_dots=len(points) < _FEW_POINTS,
             colour=names.index(run.mixer),
