@@ -239,7 +239,8 @@ class ActivatedSSMLayer(SSMLayer):
         return u
 
     def _leave(self, y: Tensor, u: Tensor) -> Tensor:
-        out = project_tokens(self.out_proj, F.gelu(y))
+        # The projection would copy it into this order: before the GELU, that and its gradient go through memory in order.
+        out = project_tokens(self.out_proj, F.gelu(y.contiguous()))
         return F.glu(out, dim=-1) if self.glu else out
 
     def extra_repr(self) -> str:

@@ -59,13 +59,26 @@ class ModelStack:
         """Turn dropout on or off."""
         self._model.train(is_training)
 
-    def losses(self, input_ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    @property
+    def is_training(self) -> bool:
+        """Whether dropout is on."""
+        return self._model.training
+
+    def losses(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        *,
+        parameters: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Mean cross entropy of each model's own batch.
 
         Args:
             input_ids: Shape (S, B, L).
             targets: Shape (S, B, L), -100 where a prediction does not count; as many count in every sequence.
             weights: Share of each sequence in the mean, shape (B,), with sum 1.
+            parameters: What stands in for the stack's own; None for those.
 
         Returns:
             Nats per counted token, shape (S,).
@@ -79,7 +92,7 @@ class ModelStack:
             return (nll.view(wanted.shape).sum(1) / counted * weights).sum()
 
         stacked = torch.vmap(loss, randomness="different")
-        return stacked(self.parameters, self._buffers, input_ids, targets)
+        return stacked(self.parameters if parameters is None else parameters, self._buffers, input_ids, targets)
 
     @torch.no_grad()
     def accuracies(self, input_ids: Tensor, targets: Tensor) -> Tensor:

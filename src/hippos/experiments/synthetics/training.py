@@ -18,6 +18,7 @@ from hippos.data.synthetic import Split, make_length_splits, make_splits
 from hippos.experiments.synthetics.models import ModelSize, model_config
 from hippos.experiments.synthetics.recall import recall_map
 from hippos.experiments.synthetics.recipes import TableTask
+from hippos.experiments.synthetics.recorded import RecordedGradients
 from hippos.experiments.synthetics.stack import ModelStack
 
 __all__ = ["CellTraining", "batch_order"]
@@ -45,7 +46,7 @@ class CellTraining:
     """One mixer on one language, a stack of seeds, advanced from test to test.
 
     On a CUDA device a whole step (batch, forward, backward, optimiser) is one CUDA graph on a stream of its own, so
-    that several cells run side by side.
+    that several cells run side by side. On a CPU the operations of forward and backward pass are recorded once.
 
     Args:
         mixer: A row of the table.
@@ -72,6 +73,7 @@ class CellTraining:
         self._clock = torch.zeros(1, dtype=torch.int64, device=device)
         self._lr = [torch.zeros((), device=device) for _ in range(2)]
         self._optimizer = self._make_optimizer()
+        self._differentiate: Callable[[Tensor, Tensor, Tensor], None] = self._backward
         self.curve: list[dict[str, Any]] = []
         self.recall: list[dict[str, Any]] = []
         self.by_length: dict[int, list[float]] = {}
@@ -173,15 +175,19 @@ class CellTraining:
         is_real = (index[0] >= 0).to(torch.float32)
         examples = index.clamp(min=0)
         self.stack.train(True)
-        losses = self.stack.losses(self._train[0][examples], self._train[1][examples], is_real / is_real.sum())
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        self._differentiate(self._train[0][examples], self._train[1][examples], is_real / is_real.sum())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._clock += 1
 
+    def _backward(self, input_ids: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Set the gradients of every parameter."""
+        self.stack.losses(input_ids, targets, weights).sum().backward()  # type: ignore[no-untyped-call]
+
     def _make_step(self) -> tuple[Callable[[], None], Callable[[], AbstractContextManager[Any]]]:
         """Give what takes one step, the replay of a CUDA graph on such a device, and the context to look at it in."""
         if self.device.type != "cuda":
+            self._differentiate = RecordedGradients(self.stack)
             return self._step, contextlib.nullcontext
         from hippos.experiments.synthetics.graph import GraphedStep
 
