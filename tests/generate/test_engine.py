@@ -163,3 +163,15 @@ def test_half_precision_keeps_its_recurrence_in_float32(make_model, ids, shape, 
         logits = model(got.sequences).logits[:, 7:-1].float()
     chosen = logits.gather(2, got.tokens.unsqueeze(2)).squeeze(2)
     assert (logits.amax(-1) - chosen).max() <= 0.05 * logits.abs().max()  # greedy, but for rounding
+
+
+def test_queries_of_a_later_chunk_attend_in_blocks(make_model, ids, monkeypatch):
+    model, prompt = make_model(attn_layers=(1,)), ids(2, 23)
+    expected = generate(model, prompt, max_new_tokens=N_NEW).sequences
+    monkeypatch.setattr("hippos.generate.h3_decoder.QUERIES_AT_ONCE", 4)
+    states = []
+    for chunk_len in (None, 11):
+        states.append(Generator(model, chunk_len=chunk_len).read(prompt))
+        assert torch.equal(generate(model, prompt, max_new_tokens=N_NEW, chunk_len=chunk_len).sequences, expected)
+    for (name, whole), (_, chunked) in zip(*(state.tensors() for state in states), strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9, msg=name)

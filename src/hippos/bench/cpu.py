@@ -80,7 +80,8 @@ GENERATION_INT8 = Case(
     plan=Plan(warmup=1, rounds=7),
 )
 
-# As many times as fast as GPT-2, whose attention compares each token with all before it.
+# As many times as fast as GPT-2, whose attention compares each token with all before it: at 32,768 tokens that is most
+# of the minutes that the case takes, so each model reads once.
 LONG_PROMPTS = {8192: 1.5, 32768: 3.0}
 
 LONG_PROMPT = Case(

@@ -22,6 +22,7 @@ from hippos.ops import H3State
 from hippos.ops.decode import MOST_ROWS, StepImpl, attention_step
 
 TOKENS_AT_ONCE = {"cuda": 131072, "cpu": 8192}
+QUERIES_AT_ONCE = 1024  # of attention on a CPU
 
 
 class Chunk(NamedTuple):
@@ -319,6 +320,16 @@ def _attend_rows(qkv: tuple[Tensor, Tensor, Tensor], cache: KeyValues, rows: sli
     keys, values = cache.keys[rows, :, :width], cache.values[rows, :, :width]
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, keys, values, causal_lower_right(q.shape[2], width))
-    places = torch.arange(width, device=q.device)
-    mask = places <= places[n_past:].unsqueeze(1)  # (L, width)
-    return F.scaled_dot_product_attention(q, keys, values, mask)
+    return _attend_in_blocks(q, keys, values, n_past)
+
+
+def _attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, n_past: int) -> Tensor:
+    """Each query attends to keys up to its own; some queries at a time, so that few keys are read only to be masked."""
+    outputs = []
+    for start in range(0, q.shape[2], QUERIES_AT_ONCE):
+        block = q[:, :, start : start + QUERIES_AT_ONCE]
+        width = n_past + start + block.shape[2]
+        places = torch.arange(width, device=q.device)
+        mask = places <= places[n_past + start :].unsqueeze(1)  # (queries, width)
+        outputs.append(F.scaled_dot_product_attention(block, keys[:, :, :width], values[:, :, :width], mask))
+    return torch.cat(outputs, dim=2)

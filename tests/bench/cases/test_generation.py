@@ -46,3 +46,11 @@ def test_int8_weights_are_for_our_engine_alone():
     assert list(workload.methods) == ["GPT-2 tiny", "H3 tiny, engine, int8"]
     assert 1e-5 < workload.check()["H3 tiny, engine, int8"] < 0.05
     assert [goal.at_least for goal in workload.goals] == [2.0, 1.0]
+
+
+def test_long_prompts_are_read_by_the_baseline_and_by_our_engine_alone():
+    tiny = {"H3 tiny": ("h3", {**TINY, "attn_layers": (1,)})}
+    workload = prepare_generation(GenerationSize(6, 3, {**TINY_GPT2, **tiny}, "GPT-2 tiny", prompt_at_least=3.0), CPU)
+    assert list(workload.methods) == ["GPT-2 tiny", "H3 tiny, engine"]
+    (goal,) = workload.goals
+    assert (goal.slow, goal.fast, goal.at_least) == (("GPT-2 tiny", PREFILL), ("H3 tiny, engine", PREFILL), 3.0)

@@ -36,7 +36,7 @@ class GenerationSize:
             those.
         tokens_at_least: How many times the baseline's tokens/s behind the prompt our engine must write.
         prompt_at_least: Instead of all other goals, how many times as fast as the baseline our engine must read the
-            prompt.
+            prompt; the H3 models are not run by Transformers then.
     """
 
     prompt_len: int
@@ -75,6 +75,7 @@ def prepare_generation(size: GenerationSize, context: Context) -> Workload:
     if size.is_int8:
         for model in ours.values():
             quantise_int8(model)
+    if size.is_int8 or size.prompt_at_least is not None:
         models = {name: model for name, model in models.items() if model not in ours.values()}
     methods = {name: _generating(model, prompt, size.new_tokens) for name, model in models.items()}
     methods |= {name: _streaming(model, prompt, size.new_tokens) for name, model in ours.items()}
