@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hippos.cli.failures import at_least
+
 
 def convert(
     source: Annotated[
@@ -24,13 +26,15 @@ def convert(
         typer.Option(help="Released size: 125m, 355m, 1.3b, 2.7b or 2.7b-rotary. A hub name says it.", metavar="NAME"),
     ] = None,
     num_attention_heads: Annotated[
-        int | None, typer.Option(help="Heads of the attention layers.", metavar="N", min=1)
+        int | None, typer.Option(help="Heads of the attention layers.", metavar="N", callback=at_least(1))
     ] = None,
     rotary_dim: Annotated[
-        int | None, typer.Option(help="Rotary coordinates of an attention head, 0 for none.", metavar="N", min=0)
+        int | None,
+        typer.Option(help="Rotary coordinates of an attention head, 0 for none.", metavar="N", callback=at_least(0)),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Tokens; further rows of the embedding are padding.", metavar="N", min=1)
+        int | None,
+        typer.Option(help="Tokens; further rows of the embedding are padding.", metavar="N", callback=at_least(1)),
     ] = None,
     head_layout: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hippos.cli.failures import at_least
 from hippos.cli.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -20,14 +21,19 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="WHERE", help="Text file, folder, Hugging Face data set, or stdlib; may be given again."),
     ] = None,
-    window: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens the model sees at once.")] = 1024,
+    window: Annotated[
+        int, typer.Option(metavar="N", callback=at_least(1), help="Tokens the model sees at once.")
+    ] = 1024,
     stride: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Tokens from one window to the next; WINDOW if not given.", show_default=False
+            metavar="N",
+            callback=at_least(1),
+            help="Tokens from one window to the next; WINDOW if not given.",
+            show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 4,
+    batch_size: Annotated[int, typer.Option(metavar="N", callback=at_least(1), help="Windows computed together.")] = 4,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="NAME", help="Folder or hub name of the tokenizer, if MODEL has none.")
     ] = None,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hippos.cli.failures import fail
+from hippos.cli.failures import at_least, fail
 from hippos.cli.quiet import quiet_transformers
 
 # Control characters but for tab and newline -> their pictures, such as the symbol for escape.
@@ -64,7 +64,8 @@ def generate(
         typer.Option(metavar="FILE", help="Where the answers to --batch-file go; goes on where it stopped."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Prompts written together: 64 on a GPU, else 8.")
+        int | None,
+        typer.Option(metavar="N", callback=at_least(1), help="Prompts written together: 64 on a GPU, else 8."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hippos.cli.failures import at_least
 from hippos.cli.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -27,13 +28,15 @@ def synthetics(
         typer.Option(metavar="NAME", help="Column of the table; may be given again.", show_default="the paper's three"),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="Seeds a cell.", show_default="3, or 1 with --quick")
+        int | None,
+        typer.Option(metavar="N", help="Seeds a cell.", show_default="3, or 1 with --quick"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="H3, S4D and attention in minutes: a shorter training of its own.")
     ] = False,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Passes over the data.", show_default="the published recipe's")
+        int | None,
+        typer.Option(metavar="N", help="Passes over the data.", show_default="the published recipe's"),
     ] = None,
     answers: Annotated[
         bool, typer.Option("--answers", help="Train on the answers alone, for 20 epochs: a recipe of our own.")
@@ -46,7 +49,8 @@ def synthetics(
         str | None, typer.Option(metavar="cuda|cpu", help="Where to train.", show_default="cuda if there is one")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes on a CPU.", show_default="one a core")
+        int | None,
+        typer.Option(metavar="N", callback=at_least(1), help="Processes on a CPU.", show_default="one a core"),
     ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List mixers and tasks and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
@@ -70,8 +74,11 @@ def synthetics(
     kind = ("-quick" if quick else "") + ("-answers" if answers else "")
     folder = out or Path("runs") / f"synthetics{kind}"
     quiet_transformers()
-    with _progress(study, is_quiet=as_json) as progress:
-        results = run_study(study, folder, device=device, jobs=jobs, progress=progress)
+    try:
+        with _progress(study, is_quiet=as_json) as progress:
+            results = run_study(study, folder, device=device, jobs=jobs, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is done lies in {folder}; the same command goes on from there") from None
     paths = [*write_pages(results, folder), *write_figures(results, folder)]
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "cells": summarise(results)}, indent=1))
