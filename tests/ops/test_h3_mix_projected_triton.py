@@ -8,7 +8,8 @@ from torch.library import opcheck
 
 from hippos.layers import H3
 from hippos.ops import h3_mix
-from hippos.ops.h3_mix.projected import h3_mix_projected, h3_mix_projected_op
+from hippos.ops.h3_mix.projected import h3_projected, h3_projected_op
+from hippos.ops.h3_mix.stacked import Projections, product_in, stack_projections
 from tests.ops.ssm_cases import Draw, leaves, relative_error
 from tests.ops.test_h3_mix_triton import INTERPRETED, ROUNDING
 
@@ -16,20 +17,27 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array with ndi
 
 
 def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_bias=True):
-    """Tokens, weights and biases; the layer's parameters; the gradient of y, (D, B, L) in memory."""
+    """Tokens, weights and biases; the layer's parameters; the gradient of the tokens."""
     random = Draw(dtype=torch.float32)
     u = random.normal(batch, seqlen, d_model, dtype=dtype)
-    weight = (random.normal(3 * d_model, d_model) / d_model**0.5).to(dtype)
-    bias = random.normal(3 * d_model, dtype=dtype) if has_bias else None
+    weights = [(random.normal(d_model, d_model) / d_model**0.5).to(dtype) for _ in range(4)]
+    biases = [random.normal(d_model, dtype=dtype) if has_bias else None for _ in range(4)]
     layer = (random.normal(d_model, n_taps), random.normal(d_model), *random.modes(d_model, n_modes))
-    dout = random.normal(d_model, batch, seqlen, dtype=dtype).transpose(0, 1)
-    return [u, weight, bias, *layer, random.normal(d_model)], dout
+    return [u, *weights, *biases, *layer, random.normal(d_model)], random.normal(batch, seqlen, d_model, dtype=dtype)
 
 
-def one_by_one(u, weight, bias, *layer, cu_seqlens=None):
+def in_one(u, *others, cu_seqlens=None):
+    return h3_projected(u, Projections(*others[:8]), *others[8:], cu_seqlens)
+
+
+def one_by_one(u, *others, cu_seqlens=None):
     """The same by plain products and the definition of the mixing."""
-    q, k, v = torch.nn.functional.linear(u, weight, bias).transpose(1, 2).chunk(3, dim=1)
-    return h3_mix(q, k, v, *layer, cu_seqlens=cu_seqlens, impl="torch")
+    *weights, out_weight = others[:4]
+    *biases, out_bias = others[4:8]
+    linear = torch.nn.functional.linear
+    q, k, v = (linear(u, weight, bias).transpose(1, 2) for weight, bias in zip(weights, biases, strict=True))
+    y = h3_mix(q, k, v, *others[8:], cu_seqlens=cu_seqlens, impl="torch")
+    return linear(y.transpose(1, 2), out_weight, out_bias)
 
 
 def gradients_of(function, inputs, dout, dtype=None, **options):
@@ -42,20 +50,57 @@ def gradients_of(function, inputs, dout, dtype=None, **options):
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_values_and_gradients(has_bias):
     inputs, dout = make_inputs(2, 3, 70, 8, 4, torch.float32, has_bias=has_bias)
-    found = gradients_of(h3_mix_projected, inputs, dout)
+    found = gradients_of(in_one, inputs, dout)
     wanted = gradients_of(one_by_one, inputs, dout, torch.float64)
-    assert found[0].stride() == (70, 140, 1)
+    assert found[0].is_contiguous()
     for got, want in zip(found, wanted, strict=True):
         assert relative_error(got, want) < 1e-5
     tensors = leaves(*inputs)
     with torch.no_grad():
-        assert torch.equal(h3_mix_projected(*tensors), found[0])
+        assert torch.equal(in_one(*tensors), found[0])
+
+
+def test_weights_of_another_dtype():
+    inputs, dout = make_inputs(2, 3, 40, 8, 4, torch.float32)
+    u, *others = leaves(*inputs)
+    half = u.detach().half().requires_grad_()
+    tokens = in_one(half, *others)
+    wanted = gradients_of(one_by_one, inputs, dout, torch.float64)
+    assert tokens.dtype == torch.float16
+    assert relative_error(tokens, wanted[0]) < 4 * ROUNDING[torch.float16]
+    found = torch.autograd.grad(tokens, [half, *others], dout.half())
+    assert all(x.dtype == torch.float32 for x in found[1:])
+    assert max(relative_error(got, want) for got, want in zip(found, wanted[1:], strict=True)) < 3e-3
+
+
+def test_frozen_projections_get_no_gradients():
+    inputs, dout = make_inputs(2, 3, 40, 8, 4, torch.float32)
+    wanted = gradients_of(in_one, inputs, dout)
+    tensors = leaves(*inputs)
+    for frozen in tensors[1:9]:
+        frozen.requires_grad_(False)
+    trained = [tensors[0], *tensors[9:]]
+    found = torch.autograd.grad(in_one(*tensors), trained, dout)
+    assert all(torch.equal(got, want) for got, want in zip(found, [wanted[1], *wanted[10:]], strict=True))
+
+
+def test_stacked_projections():
+    random = Draw(dtype=torch.float32)
+    weights, biases = [random.normal(70, 70) for _ in range(4)], [random.normal(70) for _ in range(4)]
+    weights[1] = weights[1].t()
+    stacked = stack_projections(Projections(*weights, *biases), torch.float16)
+    assert torch.equal(stacked.weights, torch.cat(weights).half())
+    assert torch.equal(stacked.biases, torch.cat(biases))
+    assert torch.equal(stacked.rounded, torch.cat(biases).half())
+    stacked = stack_projections(Projections(*weights), torch.float32)
+    assert torch.equal(stacked.weights, torch.cat(weights))
+    assert stacked.biases.numel() == 0
 
 
 def test_packed_documents():
     inputs, dout = make_inputs(1, 2, 60, 8, 4, torch.float32)
     offsets = torch.tensor([0, 7, 7, 40, 60])
-    found = gradients_of(h3_mix_projected, inputs, dout, cu_seqlens=offsets)
+    found = gradients_of(in_one, inputs, dout, cu_seqlens=offsets)
     wanted = gradients_of(one_by_one, inputs, dout, torch.float64, cu_seqlens=offsets)
     for got, want in zip(found, wanted, strict=True):
         assert relative_error(got, want) < 1e-5
@@ -64,17 +109,17 @@ def test_packed_documents():
 @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
 def test_opcheck():
     inputs, _ = make_inputs(2, 2, 20, 4, 3, torch.float32)
-    opcheck(h3_mix_projected_op, (*leaves(*inputs), None, True))
+    opcheck(h3_projected_op, (*leaves(*inputs), None, True))
     inputs, _ = make_inputs(1, 2, 20, 4, 3, torch.float32, has_bias=False)
-    opcheck(h3_mix_projected_op, (*leaves(*inputs), torch.tensor([0, 5, 20]), True))
-    opcheck(h3_mix_projected_op, (*inputs, None, False))
+    opcheck(h3_projected_op, (*leaves(*inputs), torch.tensor([0, 5, 20]), True))
+    opcheck(h3_projected_op, (*inputs, None, False))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler does not run Triton's interpreter")
 def test_compiled_without_a_break():
     inputs, dout = make_inputs(2, 2, 37, 4, 3, torch.float32)
-    compiled = torch.compile(h3_mix_projected, backend="aot_eager", fullgraph=True)
-    found, wanted = gradients_of(compiled, inputs, dout), gradients_of(h3_mix_projected, inputs, dout)
+    compiled = torch.compile(in_one, backend="aot_eager", fullgraph=True)
+    found, wanted = gradients_of(compiled, inputs, dout), gradients_of(in_one, inputs, dout)
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
 
 
@@ -88,14 +133,20 @@ class TestGpu:
         inputs, dout = make_inputs(batch, 256, 1000, 64, 32, dtype)
         inputs, dout = [x.cuda() for x in inputs], dout.cuda()
         packed = None if offsets is None else torch.tensor(offsets, device="cuda")
-        found = gradients_of(h3_mix_projected, inputs, dout, cu_seqlens=packed)
-        again = gradients_of(h3_mix_projected, inputs, dout, cu_seqlens=packed)
+        found = gradients_of(in_one, inputs, dout, cu_seqlens=packed)
+        again = gradients_of(in_one, inputs, dout, cu_seqlens=packed)
         wanted = gradients_of(one_by_one, inputs, dout, torch.float64, cu_seqlens=packed)
         # Queries, keys and values are rounded, then what is made of them.
         limit = 4 * ROUNDING[dtype] if dtype == torch.bfloat16 else 2e-5
         for got, want, same in zip(found, wanted, again, strict=True):
             assert relative_error(got, want) < limit
             assert torch.equal(got, same)
+
+    def test_products_leave_the_accumulators_unrounded(self):
+        left, right = (Draw(dtype=torch.bfloat16).normal(64, 64).cuda() for _ in range(2))
+        exact = left.double() @ right.double()
+        assert relative_error(product_in(left, right, torch.float32), exact) < 1e-6
+        assert relative_error(product_in(left, right, torch.bfloat16), exact) < 2 * ROUNDING[torch.bfloat16]
 
     def test_a_layer_takes_it(self):
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftSSM
-from hippos.ops.parameters.layers import diagonal_operators, shift_operators
+from hippos.ops.parameters.layers import diagonal_operators_op, shift_operators_op
 from tests.ops.ssm_cases import Draw, leaves, relative_error
 from tests.ops.test_h3_mix_triton import interpreter
 
@@ -114,8 +114,8 @@ class TestGpu:
 
     def test_opcheck(self):
         diag, shift = (layer.cuda() for layer in make_layers(4, 3, 6))
-        opcheck(diagonal_operators, tuple(leaves(*diag.parameters())))
-        opcheck(shift_operators, tuple(leaves(*shift.parameters())))
+        opcheck(diagonal_operators_op, tuple(leaves(*diag.parameters())))
+        opcheck(shift_operators_op, tuple(leaves(*shift.parameters())))
 
     def test_compiled_without_a_break(self):
         for layer in (layer.cuda() for layer in make_layers(4, 3, 6)):

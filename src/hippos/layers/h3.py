@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from hippos.layers.arguments import check_mask, check_tokens, without_autocast
 from hippos.layers.param_groups import ParamGroup, param_groups
 from hippos.layers.projections import (
+    plain_projections,
     project_from_channels,
     project_to_channels,
     project_tokens,
-    stack_linears,
 )
 from hippos.layers.ssm_diagonal import DiagonalSSM
 from hippos.layers.ssm_shift import ShiftOperators, ShiftSSM
 from hippos.ops import H3State, h3_mix
 from hippos.ops.arguments import check_offsets, document_bounds, must_read_offsets
-from hippos.ops.h3_mix.projected import h3_mix_projected, takes_projected
+from hippos.ops.h3_mix.projected import h3_projected, takes_projected
 from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
 from hippos.ops.tracing import is_exporting
 
@@ -183,9 +183,9 @@ class H3(nn.Module):
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.k_proj)
         check_mask(mask, u)
         if u.is_cuda and initial_state is None and not return_state and mask is None:
-            o = self._project_and_mix(u, cu_seqlens)
-            if o is not None:
-                return project_from_channels(self.out_proj, o)
+            tokens = self._project_and_mix(u, cu_seqlens)
+            if tokens is not None:
+                return tokens
         q, k, v = self._project(u, project_to_channels)  # (B, D, L)
         if mask is not None:
             is_padding = (mask == 0).unsqueeze(1)
@@ -303,23 +303,24 @@ class H3(nn.Module):
         return project(self.q_proj, u), k, project(self.v_proj, u)
 
     def _project_and_mix(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-        """Go from tokens to mixed channels (B, D, L) in one operator; None where that cannot be."""
+        """Go from tokens to tokens in one operator; None where that cannot be."""
         if self.head_dim > 1 or is_exporting():
             return None
-        stacked = stack_linears((self.q_proj, self.k_proj, self.v_proj))
-        if stacked is None:
+        projections = plain_projections(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        if projections is None:
             return None
-        weight, bias = stacked
-        u = u.to(weight.dtype)
-        with without_autocast(u.device.type):
+        device_type = u.device.type
+        is_autocast = torch.is_autocast_enabled(device_type)
+        u = u.to(torch.get_autocast_dtype(device_type) if is_autocast else projections.q.dtype)
+        with without_autocast(device_type):
             diag = self.diag.operators()
             shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
-            if not takes_projected(u, weight, shift.filter, diag.log_a):
+            if not takes_projected(u, projections.q, shift.filter, diag.log_a):
                 return None
             check_offsets(cu_seqlens, batch=u.shape[0])
             if must_read_offsets(cu_seqlens, takes_kernels=True):
                 document_bounds(cu_seqlens, batch=u.shape[0], seqlen=u.shape[1])
-            return h3_mix_projected(u, weight, bias, *shift, *diag, cu_seqlens)
+            return h3_projected(u, projections, *shift, *diag, cu_seqlens)
 
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""

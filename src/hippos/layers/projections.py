@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+
+from hippos.ops.h3_mix.stacked import Projections
 
 # Measured on an AMD EPYC: with more tokens, or with weights that stay in the cache, the product is faster as it is.
 MOST_ROWS_IN_BLOCKS = 2
@@ -65,32 +66,29 @@ def project_to_channels(linear: nn.Module, u: Tensor) -> Tensor:
     return product.view(-1, batch, seqlen).transpose(0, 1)
 
 
-def stack_linears(linears: Sequence[nn.Module | None]) -> tuple[Tensor, Tensor | None] | None:
-    """Lay the weights and biases of plain linear modules of one size side by side, in the dtype autocast asks for.
-
-    The copy costs little beside a product with many tokens.
+def plain_projections(
+    q: nn.Module | None, k: nn.Module | None, v: nn.Module | None, out: nn.Module | None
+) -> Projections | None:
+    """Give the weights and biases of four plain linear modules, as operators take them.
 
     Args:
-        linears: Modules from D_in to D_out.
+        q: From tokens to queries.
+        k: From tokens to keys.
+        v: From tokens to values.
+        out: From what was made of them to tokens.
 
     Returns:
-        Weights, shape (n D_out, D_in), and biases, (n D_out,), or None if no module has one; None in place of both
-        where a module is not plain or differs from the others in size, dtype, or whether it has a bias.
+        The parameters; None where a module is not plain or differs from the others in size, dtype, or whether it has a
+        bias.
     """
-    plain = [linear for linear in linears if is_plain_linear(linear)]
-    first = plain[0] if plain else None
-    if first is None or len(plain) < len(linears):
+    plain = [linear for linear in (q, k, v, out) if is_plain_linear(linear)]
+    if len(plain) < len(Projections._fields) // 2:
         return None
+    first = plain[0]
     alike = (first.weight.shape, first.weight.dtype, first.bias is None)
-    if any((linear.weight.shape, linear.weight.dtype, linear.bias is None) != alike for linear in plain):
+    if any((linear.weight.shape, linear.weight.dtype, linear.bias is None) != alike for linear in plain[1:]):
         return None
-    weight = torch.cat([linear.weight for linear in plain])
-    bias = None if first.bias is None else torch.cat([linear.bias for linear in plain])
-    device_type = weight.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return weight, bias
+    return Projections(*(linear.weight for linear in plain), *(linear.bias for linear in plain))
 
 
 def project_from_channels(linear: nn.Module, x: Tensor) -> Tensor:

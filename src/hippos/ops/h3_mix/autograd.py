@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.chunked import kept_keys
-from hippos.ops.h3_mix.heads import MOST_CHANNELS, h3_heads_kernel_op
+from hippos.ops.h3_mix.heads import MOST_CHANNELS, mix_heads
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
 from hippos.ops.h3_mix.layout import MixGradients, laid_out, refuse_second_derivative, with_unit_stride, without_gaps
 from hippos.ops.h3_mix.state import H3State, document_ends, last_keys, last_samples
@@ -78,10 +79,10 @@ def h3_mix_triton(
     tensors = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
     if head_dim > 1:
-        y, diag = h3_heads_kernel_op(*tensors, cu_seqlens, head_dim, return_state)
+        y, diag = mix_heads(*tensors, cu_seqlens, head_dim, return_state)
     else:
         saves_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        y, diag, _ = h3_mix_kernel_op(*tensors, cu_seqlens, return_state, saves_states)
+        y, diag, _ = _mix(*tensors, cu_seqlens, return_state, saves_states)
     if not return_state:
         return y, None
     n_past = shift_filter.shape[1] - 1
@@ -222,13 +223,14 @@ def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: None) -> 
     if dout is None and dstate is None:
         return (None,) * 14
     dout = torch.zeros_like(ctx.saved_tensors[0]) if dout is None else dout
-    gradients = h3_mix_kernel_backward_op(*ctx.saved_tensors, dout, dstate)
+    gradients = _gradients(*ctx.saved_tensors, dout, dstate)
     needed = ctx.needs_input_grad[:11]
     return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None, None)
 
 
 h3_mix_kernel_op.register_autograd(_backward, setup_context=_save)
 h3_mix_kernel_backward_op.register_autograd(refuse_second_derivative)
+_mix, _gradients = Direct(h3_mix_kernel_op, _save, _backward), Direct(h3_mix_kernel_backward_op)
 stack_as_channels(
     h3_mix_kernel_op, inputs=(1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, None, None, None), outputs=(1, 1, 1), saves=13
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.heads_fallback import heads_backward_without_kernels, heads_forward_without_kernels
 from hippos.ops.h3_mix.layout import MixGradients, laid_out, refuse_second_derivative, without_gaps
 from hippos.ops.h3_mix.state import diag_state_sizes
@@ -134,11 +135,12 @@ def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Ten
     if dout is None and dstate is None:
         return (None,) * 14
     dout = torch.zeros_like(ctx.saved_tensors[0]) if dout is None else dout
-    gradients = h3_heads_kernel_backward_op(*ctx.saved_tensors, ctx.head_dim, dout, dstate)
+    gradients = _gradients(*ctx.saved_tensors, ctx.head_dim, dout, dstate)
     needed = ctx.needs_input_grad[:11]
     return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None, None)
 
 
 h3_heads_kernel_op.register_autograd(_backward, setup_context=_save)
 h3_heads_kernel_backward_op.register_autograd(refuse_second_derivative)
+mix_heads, _gradients = Direct(h3_heads_kernel_op, _save, _backward), Direct(h3_heads_kernel_backward_op)
 stack_as_channels(h3_heads_kernel_op, inputs=(1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, None, None, None), outputs=(1, 1))

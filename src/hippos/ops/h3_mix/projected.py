@@ -1,8 +1,9 @@
-"""An H3 layer from its tokens to what its last projection reads: one product for q, k and v, and the mixing of them.
+"""An H3 layer from tokens to tokens in one operator: one product for q, k and v, their mixing, and the last product.
 
-As one operator, the product need not add its bias, which has to be spread over a tensor first where time is innermost:
-the mixing adds it to what it has read. And the gradients of q, k and v are one tensor, so that the backward pass of
-the projections is two products, whatever a layer calls its parameters.
+The product need not add its bias, which has to be spread over a tensor first where time is innermost: the mixing adds
+it to what it has read. The gradients of q, k and v are one tensor, so that the backward pass of their projections is
+two products. Weights are cast and laid side by side in one step, and their gradients come out of the products in the
+weights' own dtype: a small batch's time is that of its steps.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, is_common, saved_states, why_not_triton
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
 from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative
 from hippos.ops.h3_mix.schedule import folds_bias
+from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, product_in, stack_projections
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.tracing import is_exporting
 
+N_PROJECTIONS = len(Projections._fields)
+
 
 def takes_projected(u: Tensor, weight: Tensor, shift_filter: Tensor, log_a: Tensor) -> bool:
-    """Whether `h3_mix_projected` can take these tensors: the kernels would be chosen for what the product gives."""
+    """Whether `h3_projected` can take these tensors: the kernels would be chosen for what the product gives."""
     if not u.is_cuda or is_exporting() or not is_common(shift_filter, log_a):
         return False
     if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, (u, weight, log_a))):
@@ -30,10 +35,9 @@ def takes_projected(u: Tensor, weight: Tensor, shift_filter: Tensor, log_a: Tens
     return why_not_triton(u, shift_filter, log_a, 1) is None
 
 
-def h3_mix_projected(
+def h3_projected(
     u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    projections: Projections,
     shift_filter: Tensor,
     shift_d: Tensor,
     log_a: Tensor,
@@ -42,12 +46,11 @@ def h3_mix_projected(
     d: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Project tokens to q, k and v and mix them as `h3_mix` does, for heads of one channel, from no state, unchecked.
+    """Project tokens, mix them as `h3_mix` does, for heads of one channel, from no state, and project back, unchecked.
 
     Args:
-        u: Tokens, shape (B, L, D_in).
-        weight: Weights of the projections to q, k and v, one below the other, shape (3 D, D_in), dtype of ``u``.
-        bias: Their biases, shape (3 D,), or None.
+        u: Tokens, shape (B, L, D), of the dtype of the products.
+        projections: Of one size and dtype, which may be another than that of ``u``.
         shift_filter: As in `h3_mix`, and so are the parameters after it.
         shift_d: Skip weight of the shift SSM, shape (D,).
         log_a: log Abar, shape (D, M, 2).
@@ -57,20 +60,27 @@ def h3_mix_projected(
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), unchecked, or None.
 
     Returns:
-        ``y``, shape (B, D, L), (D, B, L) in memory, dtype of ``u``.
+        Tokens, shape (B, L, D), contiguous, dtype of ``u``.
     """
     parameters = [x.float().contiguous() for x in (shift_filter, shift_d, log_a, b, c, d)]
-    tensors = (u, weight, bias, *parameters)
+    tensors = (u, *projections, *parameters)
     saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(u.device).contiguous()
-    return h3_mix_projected_op(*tensors, cu_seqlens, saves)[0]
+    tokens: Tensor = _project_and_mix(*tensors, cu_seqlens, saves)[0]
+    return tokens
 
 
-@torch.library.custom_op("hippos::h3_mix_projected", mutates_args=())
-def h3_mix_projected_op(
+@torch.library.custom_op("hippos::h3_projected", mutates_args=())
+def h3_projected_op(
     u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    out_weight: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    out_bias: Tensor | None,
     shift_filter: Tensor,
     shift_d: Tensor,
     log_a: Tensor,
@@ -79,46 +89,60 @@ def h3_mix_projected_op(
     d: Tensor,
     cu_seqlens: Tensor | None,
     saves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y; for the backward pass what `_product` gives, q and v with their biases in any case; states (or empty)."""
-    product, folds = _product(u, weight, bias, shift_filter.shape[1], log_a.shape[1], cu_seqlens)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, then what the backward pass needs (or empty).
+
+    That is what `_product` gives, q and v with their biases in any case; what the last projection reads; states; the
+    stacked weights and biases.
+    """
+    projections = Projections(q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias)
+    stacked = stack_projections(projections, u.dtype)
+    (batch, seqlen, _), d_model = u.shape, q_weight.shape[0]
+    product, folds = _product(u, stacked, shift_filter.shape[1], log_a.shape[1], cu_seqlens)
     q, k, v = product.unbind(0)
-    inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, None, None)
+    layer = (shift_filter, shift_d, log_a, b, c, d)
+    bias = stacked.biases.view(4, -1)[:3] if folds and q_bias is not None else None
     if u.device.type != "cuda" and not is_interpreted():
-        product = _with_bias(product, bias) if folds else product
-        y, _, saved = h3_mix_kernel_op(*product.unbind(0), *inputs[3:], cu_seqlens, False, saves)
-        if folds and bias is not None:
-            product[1] -= bias.view(3, -1, 1)[1]
-        return y, product if saves else none(u), saved
-    from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
+        qkv = product if bias is None else product + bias.to(product.dtype).view(3, 1, -1, 1)
+        y, _, states = h3_mix_kernel_op(*qkv.unbind(0), *layer, None, None, cu_seqlens, False, saves)
+        y = y.transpose(0, 1).contiguous().transpose(0, 1)
+        for index in (0, 2) if bias is not None else ():
+            product[index] = qkv[index]
+    else:
+        from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
 
-    folded = bias.float().view(3, -1).contiguous() if bias is not None and folds else None
-    tensors = MixInputs(*laid_out(inputs))._replace(bias=folded)
-    writes_back = saves and folded is not None
-    y, _, saved = h3_mix_fwd(tensors, cu_seqlens, wants_state=False, saves_states=saves, writes_back=writes_back)
-    return y, product if saves else none(u), saved
+        tensors = MixInputs(*laid_out((q, k, v, *layer, None, None)))._replace(bias=bias)
+        writes_back = saves and bias is not None
+        y, _, states = h3_mix_fwd(tensors, cu_seqlens, wants_state=False, saves_states=saves, writes_back=writes_back)
+    rows, matrix = y.transpose(0, 1).reshape(d_model, -1).t(), stacked.weights[3 * d_model :].t()
+    tokens = torch.mm(rows, matrix) if q_bias is None else torch.addmm(stacked.rounded[3 * d_model :], rows, matrix)
+    tokens = tokens.view(batch, seqlen, -1)
+    if not saves:
+        return tokens, none(u), none(u), none(u), none(u), none(u)
+    return tokens, product, y, states, stacked.weights, stacked.biases
 
 
-def _product(
-    u: Tensor, weight: Tensor, bias: Tensor | None, n_taps: int, n_modes: int, cu_seqlens: Tensor | None
-) -> tuple[Tensor, bool]:
+def _product(u: Tensor, stacked: Stacked, n_taps: int, n_modes: int, cu_seqlens: Tensor | None) -> tuple[Tensor, bool]:
     """q, k and v, shape (3, B, D, L), (3, D, B, L) in memory, and whether their biases are left to the mixing."""
-    (batch, seqlen, _), d_model = u.shape, weight.shape[0] // 3
-    columns = u.reshape(batch * seqlen, -1).t()  # (D_in, B * L)
+    (batch, seqlen, _), d_model = u.shape, stacked.weights.shape[0] // 4
+    columns = u.reshape(batch * seqlen, -1).t()  # (D, B * L)
     folds = folds_bias(u.new_empty(batch, d_model, 0), seqlen, n_taps, n_modes, cu_seqlens)
-    product = weight @ columns if folds or bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
+    weight, bias = stacked.weights[: 3 * d_model], stacked.rounded[: 3 * d_model]
+    product = weight @ columns if folds or not bias.numel() else torch.addmm(bias.unsqueeze(1), weight, columns)
     return product.view(3, d_model, batch, seqlen).transpose(1, 2), folds
 
 
-def _with_bias(product: Tensor, bias: Tensor | None) -> Tensor:
-    return product if bias is None else product + bias.to(product.dtype).view(3, 1, -1, 1)
-
-
-@h3_mix_projected_op.register_fake
+@h3_projected_op.register_fake
 def _forward_shapes(
     u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    out_weight: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    out_bias: Tensor | None,
     shift_filter: Tensor,
     shift_d: Tensor,
     log_a: Tensor,
@@ -127,18 +151,21 @@ def _forward_shapes(
     d: Tensor,
     cu_seqlens: Tensor | None,
     saves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, seqlen, _), d_model = u.shape, weight.shape[0] // 3
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, seqlen, _), d_model = u.shape, q_weight.shape[0]
+    tokens = u.new_empty(batch, seqlen, d_model)
+    if not saves:
+        return tokens, none(u), none(u), none(u), none(u), none(u)
+    projections = Projections(q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias)
+    weights, biases, _ = allocate_stacked(projections, u.dtype)
     product = u.new_empty(3, d_model, batch, seqlen).transpose(1, 2)
     y = u.new_empty(d_model, batch, seqlen).transpose(0, 1)
-    return y, product if saves else none(u), saved_states(y, log_a, cu_seqlens) if saves else none(u)
+    return tokens, product, y, saved_states(y, log_a, cu_seqlens), weights, biases
 
 
-@torch.library.custom_op("hippos::h3_mix_projected_backward", mutates_args=())
-def h3_mix_projected_backward_op(
+@torch.library.custom_op("hippos::h3_projected_backward", mutates_args=())
+def h3_projected_backward_op(
     u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     shift_filter: Tensor,
     shift_d: Tensor,
     log_a: Tensor,
@@ -147,41 +174,54 @@ def h3_mix_projected_backward_op(
     d: Tensor,
     cu_seqlens: Tensor | None,
     product: Tensor,
-    saved: Tensor,
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the nine input tensors, empty for an absent bias."""
-    (batch, seqlen, _), d_model = u.shape, weight.shape[0] // 3
-    dout = dout.transpose(0, 1).contiguous().transpose(0, 1)  # (D, B, L) in memory, as it comes from a projection
+    y: Tensor,
+    states: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    dtokens: Tensor,
+    dtype: torch.dtype,
+    wants_tokens: bool,
+    wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, empty where not wanted or absent.
+
+    Of the tokens; in ``dtype`` of the weights of q, k and v, (3 D, D), of the output's, and of all biases, (4 D,); of
+    the six parameters.
+    """
+    (batch, seqlen, _), d_model = u.shape, weights.shape[0] // 4
+    drows = dtokens.reshape(batch * seqlen, d_model)
+    dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
     dproduct = u.new_empty(3, d_model, batch, seqlen)
-    joint = dproduct.transpose(1, 2)
-    inputs = (*product.unbind(0), shift_filter, shift_d, log_a, b, c, d, None, None)
-    sizes = (seqlen, shift_filter.shape[1], log_a.shape[1])
-    folds = bias is not None and folds_bias(product[0], *sizes, cu_seqlens)
+    joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
+    folds = folds_bias(product[0], seqlen, shift_filter.shape[1], log_a.shape[1], cu_seqlens) and biases.numel() > 0
+    bias = biases.view(4, -1)[:3] if folds else None
     if u.device.type != "cuda" and not is_interpreted():
         q, k, v = product.unbind(0)
-        k = k + bias.to(k.dtype).view(3, -1, 1)[1] if folds and bias is not None else k
-        layer = (shift_filter, shift_d, log_a, b, c, d)
+        k = k if bias is None else k + bias[1].to(k.dtype).unsqueeze(-1)
         found = backward_without_kernels(q, k, v, *layer, None, None, cu_seqlens, dout, None)
         torch.stack(found[:3], out=joint)
-        gradients = found[3:9]
     else:
         from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
 
-        folded = bias.float().view(3, -1).contiguous() if folds and bias is not None else None
-        tensors = MixInputs(*laid_out(inputs))._replace(bias=folded)
-        gradients = h3_mix_bwd(tensors, cu_seqlens, dout, None, saved.contiguous(), joint=joint)[3:9]
+        tensors = MixInputs(*laid_out((*product.unbind(0), *layer, None, None)))._replace(bias=bias)
+        found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint)
     rows = dproduct.view(3 * d_model, batch * seqlen)
-    tokens = u.reshape(batch * seqlen, -1)
-    dbias = none(u) if bias is None else rows.sum(1, dtype=torch.float32).to(bias.dtype)
-    return (rows.t() @ weight).view(u.shape), rows @ tokens, dbias, *gradients
+    du = (rows.t() @ weights[: 3 * d_model]).view(u.shape) if wants_tokens else none(u)
+    if not wants_weights:
+        return du, none(u), none(u), none(u), *found[3:9]
+    dweight = product_in(rows, u.reshape(batch * seqlen, -1), dtype)
+    dlast = product_in(drows.t(), y.transpose(0, 1).reshape(d_model, -1).t(), dtype)
+    if not biases.numel():
+        return du, dweight, dlast, none(u), *found[3:9]
+    dbias = biases.new_empty(4 * d_model)
+    torch.sum(rows, 1, dtype=torch.float32, out=dbias[: 3 * d_model])
+    torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
+    return du, dweight, dlast, dbias.to(dtype), *found[3:9]
 
 
-@h3_mix_projected_backward_op.register_fake
+@h3_projected_backward_op.register_fake
 def _backward_shapes(
     u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     shift_filter: Tensor,
     shift_d: Tensor,
     log_a: Tensor,
@@ -190,28 +230,47 @@ def _backward_shapes(
     d: Tensor,
     cu_seqlens: Tensor | None,
     product: Tensor,
-    saved: Tensor,
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (u, weight, bias, shift_filter, shift_d, log_a, b, c, d)
-    return tuple(none(u) if x is None else x.new_empty(x.shape) for x in inputs)  # type: ignore[return-value]
+    y: Tensor,
+    states: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    dtokens: Tensor,
+    dtype: torch.dtype,
+    wants_tokens: bool,
+    wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    du = u.new_empty(u.shape) if wants_tokens else none(u)
+    parameters = tuple(x.new_empty(x.shape) for x in (shift_filter, shift_d, log_a, b, c, d))
+    if not wants_weights:
+        return du, none(u), none(u), none(u), *parameters  # type: ignore[return-value]
+    d_model = weights.shape[0] // 4
+    dweight, dlast = (weights.new_empty(n * d_model, weights.shape[1], dtype=dtype) for n in (3, 1))
+    dbias = biases.new_empty(biases.shape, dtype=dtype) if biases.numel() else none(u)
+    return du, dweight, dlast, dbias, *parameters  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _ = inputs
-    _, product, saved = output
-    ctx.save_for_backward(*tensors, product, saved)
-    ctx.mark_non_differentiable(product, saved)
+    u, *others, cu_seqlens, _ = inputs
+    ctx.dtype = others[0].dtype
+    ctx.save_for_backward(u, *others[N_PROJECTIONS:], cu_seqlens, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 11
-    gradients = h3_mix_projected_backward_op(*ctx.saved_tensors, dout)
-    needed = ctx.needs_input_grad[:9]
-    return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None)
+def _backward(ctx: Any, dtokens: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dtokens is None:
+        return (None,) * (N_PROJECTIONS + 9)
+    needs_tokens, *needed = ctx.needs_input_grad[: N_PROJECTIONS + 7]
+    wants_weights = any(needed[:N_PROJECTIONS])
+    du, dweight, dlast, dbias, *rest = _gradients(*ctx.saved_tensors, dtokens, ctx.dtype, needs_tokens, wants_weights)
+    gradients: list[Tensor | None] = [None] * N_PROJECTIONS
+    if wants_weights:
+        dbiases = dbias.view(4, -1).unbind(0) if dbias.numel() else (None,) * 4
+        gradients = [*dweight.view(3, *dlast.shape).unbind(0), dlast, *dbiases]
+    gradients = [dx if wanted else None for dx, wanted in zip([*gradients, *rest], needed, strict=True)]
+    return du if needs_tokens else None, *gradients, None, None
 
 
-h3_mix_projected_op.register_autograd(_backward, setup_context=_save)
-h3_mix_projected_backward_op.register_autograd(refuse_second_derivative)
+h3_projected_op.register_autograd(_backward, setup_context=_save)
+h3_projected_backward_op.register_autograd(refuse_second_derivative)
+_project_and_mix, _gradients = Direct(h3_projected_op, _save, _backward), Direct(h3_projected_backward_op)

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hippos.errors import UnsupportedError
+from hippos.ops.direct import Direct
 from hippos.ops.parameters.shift_filter import shift_filter_kernel_backward_op
 from hippos.ops.stacking import stack_as_channels
 
 
 @custom_op("hippos::diagonal_operators", mutates_args=(), device_types="cuda")
-def diagonal_operators(
+def diagonal_operators_op(
     log_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Discretise A = -exp(A_real) + i A_imag by the bilinear rule with dt = exp(log_dt).
@@ -38,7 +39,7 @@ def diagonal_operators(
     return diagonal(log_dt, A_real, A_imag, B, C, D)
 
 
-@diagonal_operators.register_fake
+@diagonal_operators_op.register_fake
 def _diagonal_shapes(
     log_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +47,7 @@ def _diagonal_shapes(
 
 
 @custom_op("hippos::diagonal_operators_backward", mutates_args=(), device_types="cuda")
-def diagonal_operators_backward(
+def diagonal_operators_backward_op(
     log_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, d_log_a: Tensor, d_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of log_dt, A_real, A_imag and B."""
@@ -55,7 +56,7 @@ def diagonal_operators_backward(
     return diagonal_bwd(log_dt, A_real, A_imag, B, d_log_a, d_b)
 
 
-@diagonal_operators_backward.register_fake
+@diagonal_operators_backward_op.register_fake
 def _diagonal_gradient_shapes(
     log_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, d_log_a: Tensor, d_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,18 +75,18 @@ def _save_diagonal(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 def _diagonal_backward(
     ctx: Any, d_log_a: Tensor, d_b: Tensor, d_c: Tensor, d_skip: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *diagonal_operators_backward(*ctx.saved_tensors, d_log_a, d_b), d_c, d_skip
+    return *_diagonal_gradients(*ctx.saved_tensors, d_log_a, d_b), d_c, d_skip
 
 
 @custom_op("hippos::shift_operators", mutates_args=(), device_types="cuda")
-def shift_operators(B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+def shift_operators_op(B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
     """The filter K[d, l] = sum_n B[d, n] C[d, n + l], (D, N), and a copy of D, (D,): float32, on a GPU."""
     from hippos.ops.parameters.launch import shift_filter_fwd
 
     return shift_filter_fwd(B, C, D)
 
 
-@shift_operators.register_fake
+@shift_operators_op.register_fake
 def _shift_shapes(B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
     return B.new_empty(B.shape), D.new_empty(D.shape)
 
@@ -95,15 +96,19 @@ def _save_shift(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[T
 
 
 def _shift_backward(ctx: Any, d_filter: Tensor, d_skip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return *shift_filter_kernel_backward_op(*ctx.saved_tensors, d_filter), d_skip
+    return *_shift_gradients(*ctx.saved_tensors, d_filter), d_skip
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     raise UnsupportedError("the operators of an SSM's parameters have no second derivative on a GPU")
 
 
-diagonal_operators.register_autograd(_diagonal_backward, setup_context=_save_diagonal)
-diagonal_operators_backward.register_autograd(_refuse_second_derivative)
-shift_operators.register_autograd(_shift_backward, setup_context=_save_shift)
-stack_as_channels(diagonal_operators, inputs=(0,) * 6, outputs=(0,) * 4, any_strides=True)
-stack_as_channels(shift_operators, inputs=(0, 0, 0), outputs=(0, 0), any_strides=True)
+diagonal_operators_op.register_autograd(_diagonal_backward, setup_context=_save_diagonal)
+diagonal_operators_backward_op.register_autograd(_refuse_second_derivative)
+shift_operators_op.register_autograd(_shift_backward, setup_context=_save_shift)
+stack_as_channels(diagonal_operators_op, inputs=(0,) * 6, outputs=(0,) * 4, any_strides=True)
+stack_as_channels(shift_operators_op, inputs=(0, 0, 0), outputs=(0, 0), any_strides=True)
+
+diagonal_operators = Direct(diagonal_operators_op, _save_diagonal, _diagonal_backward)
+shift_operators = Direct(shift_operators_op, _save_shift, _shift_backward)
+_diagonal_gradients, _shift_gradients = Direct(diagonal_operators_backward_op), Direct(shift_filter_kernel_backward_op)

@@ -1,0 +1,83 @@
+"""A layer's four projections as the products of an operator read them: one matrix, in the dtype of the tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hippos.ops.kernel_device import is_interpreted
+
+BLOCK = 4096
+
+
+class Projections(NamedTuple):
+    """Weights, (D, D), and biases, (D,), of the projections to q, k and v and of the output's; no biases: None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+
+
+class Stacked(NamedTuple):
+    """The four projections one below the other.
+
+    Attributes:
+        weights: Shape (4 D, D), dtype of the products.
+        biases: Shape (4 D,), float32; empty if there are none.
+        rounded: The same in the dtype of the products.
+    """
+
+    weights: Tensor
+    biases: Tensor
+    rounded: Tensor
+
+
+def stack_projections(projections: Projections, dtype: torch.dtype) -> Stacked:
+    """Copy the projections into one tensor for each of `Stacked`; on a GPU by one program."""
+    weights, biases = projections[:4], projections[4:]
+    device, d_model = projections.q.device, projections.q.shape[0]
+    present = [bias for bias in biases if bias is not None]
+    stacked = allocate_stacked(projections, dtype)
+    if device.type != "cuda" and not is_interpreted():
+        torch.cat(weights, out=stacked.weights)
+        if present:
+            torch.cat(present, out=stacked.biases)
+            stacked.rounded.copy_(stacked.biases)
+        return stacked
+    import triton
+
+    from hippos.ops.h3_mix.kernels_stack import stack_kernel
+
+    matrices = [weight.contiguous() for weight in weights]
+    vectors = [bias.contiguous() for bias in present]
+    n_weights = matrices[0].numel()
+    stack_kernel[(triton.cdiv(n_weights, BLOCK), 4)](
+        *matrices, *(vectors or matrices), *stacked, n_weights, d_model, HAS_BIAS=bool(vectors), BLOCK=BLOCK
+    )
+    return stacked
+
+
+def allocate_stacked(projections: Projections, dtype: torch.dtype) -> Stacked:
+    """Memory for the stacked projections."""
+    weight = projections.q
+    rows = 4 * weight.shape[0]
+    n_biases = 0 if projections.q_bias is None else rows
+    return Stacked(
+        weight.new_empty(rows, weight.shape[1], dtype=dtype),
+        weight.new_empty(n_biases, dtype=torch.float32),
+        weight.new_empty(n_biases, dtype=dtype),
+    )
+
+
+def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Left @ right in ``dtype``: as it leaves the accumulators where a GPU can, else rounded to the factors' first."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
