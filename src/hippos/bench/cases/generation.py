@@ -125,7 +125,10 @@ def _goals(size: GenerationSize, names: list[str]) -> list[Goal]:
 def draw_rates(axes: Any, case: CaseResult) -> None:
     """Tokens a second of each model behind the prompt, with whiskers from the slowest round to the fastest."""
     bars = [
-        (f"{size.size['dtype']}\n{row.method}", row) for size in case.sizes for row in size.rows if row.measure == TOKEN
+        ("\n".join((size.size["dtype"], *row.method.split(", "))), row)
+        for size in case.sizes
+        for row in size.rows
+        if row.measure == TOKEN
     ]
     batches = [size.size["batch"] for size in case.sizes for row in size.rows if row.measure == TOKEN]
     for place, ((_, row), batch) in enumerate(zip(bars, batches, strict=True)):

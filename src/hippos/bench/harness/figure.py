@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from hippos.bench.harness.case import Case
 from hippos.bench.harness.result import CaseResult, Row, SuiteResult
+
+# A bar that is this many times shorter than the longest cannot be seen.
+_BARS_UP_TO = 50
 
 
 def write_figures(result: SuiteResult, cases: tuple[Case[Any], ...], folder: Path) -> list[Path]:
@@ -65,7 +69,8 @@ def draw_lines(axes: Any, case: CaseResult) -> None:
     ticks = [size.size[axis] for size in case.sizes]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    _write_plain_numbers(axes)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
     axes.set_xlabel(axis)
     axes.set_ylabel("ms (median; band: min to max)")
     # As many columns as fit between the figure's edges: 0.06 inches a letter, 0.75 for line and gap.
@@ -74,8 +79,23 @@ def draw_lines(axes: Any, case: CaseResult) -> None:
     axes.figure.legend(loc="outside lower center", ncols=columns, fontsize=7, handlelength=4)
 
 
+def _write_plain_numbers(axes: Any) -> None:
+    """Write 0.2, 0.5, 1, ... beside a logarithmic vertical axis, which spans a factor of ten at least: slopes show."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    wider = max(1.0, math.sqrt(10 * low / high))
+    axes.set_ylim(low / wider, high * wider)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_bars(axes: Any, case: CaseResult) -> None:
-    """Median time of each row as a bar, with whiskers from minimum to maximum."""
+    """Median time of each row as a bar, or where bars of some would vanish as a dot on a logarithmic axis.
+
+    Whiskers go from minimum to maximum.
+    """
     rows: list[tuple[str, Row]] = []
     for size in case.sizes:
         label = " ".join(str(size.size[name]) for name in case.labels)
@@ -83,7 +103,12 @@ def draw_bars(axes: Any, case: CaseResult) -> None:
     medians = [row.median_s * 1e3 for _, row in rows]
     low = [median - row.spread_s[0] * 1e3 for median, (_, row) in zip(medians, rows, strict=True)]
     high = [row.spread_s[3] * 1e3 - median for median, (_, row) in zip(medians, rows, strict=True)]
-    axes.barh(range(len(rows)), medians, xerr=[low, high], capsize=3)
+    if max(medians) > _BARS_UP_TO * min(medians):
+        axes.errorbar(medians, range(len(rows)), xerr=[low, high], fmt="o", markersize=4, capsize=3)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.barh(range(len(rows)), medians, xerr=[low, high], capsize=3)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("ms (median; whiskers: min to max)")
