@@ -7,9 +7,15 @@ the Auto classes), while ``hippos --help`` and shell completion should answer at
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
-    """Run the command line."""
-    from hippos.cli import main as run
+    """Run the command line; Ctrl-C while it is still being put together is one plain line too."""
+    try:
+        from hippos.cli import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("hippos: stopped: interrupted\n")
+        sys.exit(130)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,6 +129,14 @@ def test_readme_shows_the_example_that_the_tests_run():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"^```python\n(.*?)```", readme, re.MULTILINE | re.DOTALL)
     assert (ROOT / "examples/byte_model.py").read_text(encoding="utf-8").endswith(f'"""\n\n{shown}')
+
+
+def test_readme_has_the_newest_times():
+    made = runpy.run_path(str(ROOT / "benchmarks/speed_table.py"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = made["speed_table"](ROOT / "benchmarks/results")
+    assert table in readme, "run: python benchmarks/speed_table.py --write"
+    assert made["in_place"](readme.replace("0.", "1."), table).count(table) == 1
 
 
 def test_readme_points_at_files_that_exist():
