@@ -153,6 +153,13 @@ def _xor_sum(x, axis, keep_dims=False):
     return Value((first ^ second).unsqueeze(axis) if keep_dims else first ^ second)
 
 
+def _reduce(x, axis, function):
+    if isinstance(x, tuple):  # of moments, which are summed
+        return tuple(Value(torch.broadcast_to(part.tensor, x[0].tensor.shape).sum(axis)) for part in x)
+    assert function.__name__ == "_first"  # of what is the same in all
+    return Value(x.tensor.select(axis, 0))
+
+
 def _product(left, right, acc, use_acc=True, is_async=False):
     del is_async
     product = left.tensor.float() @ right.tensor.float()
@@ -168,17 +175,18 @@ class _Constant:
         self.value = value
 
 
-def _language(program):
+def _language(program, n_warps):
     where = lambda c, x, y: Value(torch.where(*(torch.as_tensor(raw(z)) for z in (c, x, y))))  # noqa: E731
     larger = lambda x, y: Value(torch.maximum(*_alike(x, y)))  # noqa: E731
     layouts = "NVMMADistributedLayout NVMMASharedLayout SwizzledSharedLayout SharedLinearLayout BlockedLayout "
     layouts += "DistributedLinearLayout DotOperandLayout"
     return SimpleNamespace(
         **dict.fromkeys((*layouts.split(), "SliceLayout", "thread_barrier"), _anything),
-        constexpr=_Constant, static_range=range, pointer_type=lambda dtype: dtype,
+        constexpr=_Constant, num_warps=lambda: n_warps, static_range=range, pointer_type=lambda dtype: dtype,
         **{name: getattr(torch, name) for name in ["float32", "bfloat16", "float16", "int16", "int32", "int64"]},
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
+        full_like=lambda x, value: Value(torch.full_like(x.tensor, value)),
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
         cdiv=lambda x, y: (x + y - 1) // y,
         minimum=lambda x, y: Value(torch.minimum(*_alike(x, y))),
@@ -192,11 +200,11 @@ def _language(program):
         join=lambda x, y: Value(torch.stack((x.tensor, y.tensor), -1)),
         convert_layout=lambda x, layout, assert_trivial=False: x,
         sum=lambda x, axis: Value(x.tensor.sum(axis)), xor_sum=_xor_sum,
-        reduce=lambda x, axis, first: Value(x.tensor.select(axis, 0)),  # all are the same
+        zeros_like=lambda x: Value(torch.zeros_like(x.tensor)), reduce=_reduce,
     )  # fmt: skip
 
 
-def _namespace(program):
+def _namespace(program, n_warps):
     hopper = SimpleNamespace(
         fence_async_shared=_anything,
         warpgroup_mma=_product,
@@ -208,10 +216,15 @@ def _namespace(program):
         wait_group=_anything,
     )
     jit = lambda function=None, **_: function if function is not None else lambda decorated: decorated  # noqa: E731
-    return {"gluon": SimpleNamespace(jit=jit), "gl": _language(program), "hopper": hopper, "async_copy": async_copy}
+    language = _language(program, n_warps)
+    triton = {"triton": SimpleNamespace(jit=jit), "tl": language}  # whose plain functions Gluon calls
+    gluon = SimpleNamespace(jit=jit, constexpr_function=jit)
+    return {"gluon": gluon, "gl": language, "hopper": hopper, "async_copy": async_copy} | triton
 
 
-def run_program(folder: Path, modules: tuple[str, ...], kernel: str, n_programs: int, *args, **constants) -> None:
+def run_program(
+    folder: Path, modules: tuple[str, ...], kernel: str, n_programs: int, *args, n_warps: int, **constants
+) -> None:
     """Run a Gluon kernel for every program of a one-dimensional grid.
 
     Args:
@@ -220,14 +233,15 @@ def run_program(folder: Path, modules: tuple[str, ...], kernel: str, n_programs:
         kernel: The kernel's name.
         n_programs: Size of the grid.
         args: Tensors and integers, as in a launch.
+        n_warps: Warps a program.
         constants: Its constants.
     """
     given = [Pointer(x.as_strided((_reach(x),), (1,))) if isinstance(x, torch.Tensor) else _scalar(x) for x in args]
     for program in range(n_programs):
-        names = _namespace(program) | {"__name__": "gluon_on_cpu"}
+        names = _namespace(program, n_warps) | {"__name__": "gluon_on_cpu"}
         for module in modules:
             source = (folder / f"{module}.py").read_text()
-            source = re.sub(r"^from (triton|hippos)[^(\n]*(\([^)]*\))?$", "", source, flags=re.MULTILINE)
+            source = re.sub(r"^(from|import) (triton|hippos)[^(\n]*(\([^)]*\))?$", "", source, flags=re.MULTILINE)
             exec(compile(source, module, "exec"), names)
         names[kernel](*given, **constants)
 

@@ -1,10 +1,9 @@
-"""GPU program of the backward pass for Hopper: bfloat16, both gates, tiles that are full everywhere.
+"""GPU program of the backward pass for Hopper: bfloat16, both gates, sequences of whole chunks.
 
-It computes what `ssm_conv_bwd_kernel` does on the same tiles, written in Gluon, where layouts and shared memory are
-explicit. Each warp group has half of the columns of every product, so that the three sums take 48 registers a thread.
-Of a chunk's place in its piece's four, one bit chooses between two registers of a thread and one between two lanes of a
-warp: states pass through the tile without shared memory. The next tile's samples are copied meanwhile; the gradients
-leave through the buffers that the samples came in.
+It computes what `ssm_conv_bwd_kernel` does, written in Gluon, where layouts and shared memory are explicit, and where a
+program has all of a channel, what `chunk_operators_kernel` and `chunk_operators_bwd_kernel` do as well. Each warp group
+has half of the columns of every product, so that the three sums take 48 registers a thread. The next tile's samples are
+copied meanwhile; the gradients leave through the buffers that the samples came in.
 """
 
 # mypy: ignore-errors
@@ -18,19 +17,25 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from hippos.ops.ssm_conv.kernels_hopper import (
-    HALF,
-    HALF_MODES,
-    MMA,
-    ROWS,
     SHARED,
     allocate_totals,
+    half_layout,
+    half_mode,
     half_piece,
     halves,
+    mma_layout,
     pass_states,
     row_piece,
     row_step,
+    rows_layout,
     whole,
 )
+from hippos.ops.ssm_conv.kernels_hopper_operators import make_operators, read_operators
+from hippos.ops.ssm_conv.kernels_hopper_parameters import store_parameter_gradients
+
+MMA = gl.constexpr(mma_layout(8))
+HALF = gl.constexpr(half_layout(8))
+ROWS = gl.constexpr(rows_layout(8))
 
 
 @gluon.jit
@@ -53,9 +58,32 @@ def _places(delta, stride_b, start):
 
 
 @gluon.jit
+def _copy(tile, ptr, sequence, stride_b, delta, start, batch, seqlen, IS_FULL: gl.constexpr):
+    """Begin to copy a tile into shared memory; zeros where there is no chunk."""
+    at = (ptr + sequence * stride_b) + _places(delta, stride_b, start)
+    if IS_FULL:
+        async_copy.async_copy_global_to_shared(tile, at)
+    else:
+        is_chunk = (sequence.to(gl.int32) + delta < batch) & (start < seqlen)
+        async_copy.async_copy_global_to_shared(tile, at, mask=is_chunk[:, None])
+
+
+@gluon.jit
+def _store(ptr, values, sequence, stride_b, delta, start, batch, seqlen, IS_FULL: gl.constexpr):
+    """Store the chunks of a tile."""
+    at = (ptr + sequence * stride_b) + _places(delta, stride_b, start)
+    if IS_FULL:
+        gl.store(at, values)
+    else:
+        is_chunk = (sequence.to(gl.int32) + delta < batch) & (start < seqlen)
+        gl.store(at, values, mask=is_chunk[:, None])
+
+
+@gluon.jit
 def _saved_words(
-    saved_ptr, group, tile, n_pieces, piece_len, n_saved, n_heads, channel, RUN: gl.constexpr, IS_CUT: gl.constexpr
-):
+    saved_ptr, group, tile, batch, n_pieces, piece_len, n_saved, n_heads, channel,
+    RUN: gl.constexpr, IS_CUT: gl.constexpr, IS_FULL: gl.constexpr,
+):  # fmt: skip
     """The state before each lane's piece of the tile, real and imaginary part in one 32-bit word, (4, 8, 32)."""
     piece = group * (64 // RUN) + half_piece(RUN)
     cell = tile * (RUN // 4)
@@ -63,39 +91,38 @@ def _saved_words(
         cell += piece % n_pieces * piece_len // 256
         piece = piece // n_pieces
     at = (piece.to(gl.int64) * n_heads + channel) * n_saved + cell
-    modes = gl.arange(0, 32, layout=HALF_MODES)[None, None, :]
-    return gl.load(saved_ptr.to(gl.pointer_type(gl.int32)) + (at * 32 + modes))
+    modes = half_mode()[None, None, :]
+    words = saved_ptr.to(gl.pointer_type(gl.int32)) + (at * 32 + modes)
+    if IS_FULL:
+        return gl.load(words)
+    else:
+        return gl.load(words, mask=(piece < batch) & (modes >= 0), other=0)
 
 
 @gluon.jit(
-    do_not_specialize=["n_pieces", "n_tiles", "n_groups", "groups_per_program", "n_saved", "n_later"],
-)
+    do_not_specialize=[
+        "batch", "seqlen", "n_pieces", "n_tiles", "n_groups", "groups_per_program", "n_saved", "n_later",
+    ],
+)  # fmt: skip
 def ssm_conv_bwd_hopper_kernel(
     u_ptr, in_gate_ptr, out_gate_ptr, dout_ptr, du_ptr, din_gate_ptr, dout_gate_ptr,
-    taps_ptr, into_ptr, outof_ptr, decay_ptr, saved_ptr, later_ptr,
-    dtoeplitz_ptr, dinto_ptr, doutof_ptr, ddecay_ptr,
+    taps_ptr, into_ptr, outof_ptr, decay_ptr, log_a_ptr, b_ptr, c_ptr, d_ptr, saved_ptr, later_ptr,
+    dtoeplitz_ptr, dinto_ptr, doutof_ptr, ddecay_ptr, dlog_a_ptr, db_ptr, dc_ptr, dd_ptr,
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, dout_stride_b, dout_stride_h,
-    n_heads, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_later,
-    RUN: gl.constexpr, IS_CUT: gl.constexpr,
+    n_heads, n_modes, batch, seqlen, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_later,
+    RUN: gl.constexpr, IS_CUT: gl.constexpr, IS_FULL: gl.constexpr,
+    MAKES: gl.constexpr, ENDS: gl.constexpr, HAS_D: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of one channel and some groups of pieces; arguments as in `ssm_conv_bwd_kernel`."""
+    """Gradients of one channel and some groups of pieces; arguments as in `ssm_conv_bwd_kernel`.
+
+    IS_FULL promises that tiles hold chunks everywhere; pieces that are no sequences need it. With MAKES operators are
+    made from the SSM parameters, with ENDS gradients go on to these: then a program has all groups of its channel.
+    """
     splits = gl.cdiv(n_groups, groups_per_program)
     program = gl.program_id(0).to(gl.int64)
     channel = gl.program_id(0) // splits
     first_group = (gl.program_id(0) % splits) * groups_per_program
     n_items = gl.minimum(groups_per_program, n_groups - first_group) * n_tiles
-
-    # The channel's operators, which stay in shared memory.
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))[:, None]
-    col = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))[None, :]
-    taps = gl.load(taps_ptr + channel * 64 + (col - row), mask=col >= row, other=0.0)
-    operator_at = channel.to(gl.int64) * 4096 + row * 64 + col
-    toeplitz = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED, taps)
-    into = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED, gl.load(into_ptr + operator_at))
-    outof = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED, gl.load(outof_ptr + operator_at))
-    modes = gl.arange(0, 32, layout=HALF_MODES)[None, None, :]
-    a_re = gl.load(decay_ptr + channel * 64 + modes * 2)
-    a_im = gl.load(decay_ptr + channel * 64 + modes * 2 + 1)
 
     # Two tiles of samples; the gated gradient takes the place of the output gate.
     u_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], SHARED)
@@ -109,31 +136,39 @@ def ssm_conv_bwd_hopper_kernel(
     in_gate_ptr += channel.to(gl.int64) * in_stride_h
     out_gate_ptr += channel.to(gl.int64) * out_stride_h
     dout_ptr += channel.to(gl.int64) * dout_stride_h
-    to_gradient = channel.to(gl.int64) * dout_stride_h
+    dout_gate_ptr += channel.to(gl.int64) * dout_stride_h
+    du_ptr += channel.to(gl.int64) * dout_stride_h
+    din_gate_ptr += channel.to(gl.int64) * dout_stride_h
 
+    group, tile, slot = first_group, n_tiles - 1, 0
+    delta, start = _rows_of(group, tile, n_pieces, piece_len, RUN, IS_CUT)
+    sequence = (group * (64 // RUN) // n_pieces).to(gl.int64)
+    _copy(u_tiles.index(0), u_ptr, sequence, u_stride_b, delta, start, batch, seqlen, IS_FULL)
+    _copy(in_tiles.index(0), in_gate_ptr, sequence, in_stride_b, delta, start, batch, seqlen, IS_FULL)
+    _copy(out_tiles.index(0), out_gate_ptr, sequence, out_stride_b, delta, start, batch, seqlen, IS_FULL)
+    _copy(dout_tiles.index(0), dout_ptr, sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+    async_copy.commit_group()
+
+    # The channel's operators, which stay in shared memory.
+    if MAKES:
+        operators, _exponents, powers = make_operators(
+            log_a_ptr, b_ptr, c_ptr, d_ptr, channel, n_modes, gl.bfloat16, 1, False, HAS_D
+        )
+    else:
+        operators, _exponents, powers = read_operators(
+            taps_ptr, into_ptr, outof_ptr, decay_ptr, decay_ptr, channel, n_heads, 1, False
+        )
+    toeplitz, into, outof = operators[0], operators[2], operators[4]
     totals = allocate_totals()
     adjoint_totals = allocate_totals()
+    modes = half_mode()[None, None, :]
     zeros = gl.zeros((64, 64), gl.float32, MMA)
     dtoeplitz, dinto, doutof = zeros, zeros, zeros
     none = gl.zeros((4, 8, 32), gl.float32, HALF)
     ddecay_re, ddecay_im, carry_re, carry_im = none, none, none, none
-    group, tile, slot = first_group, n_tiles - 1, 0
-    delta, start = _rows_of(group, tile, n_pieces, piece_len, RUN, IS_CUT)
-    sequence = (group * (64 // RUN) // n_pieces).to(gl.int64)
-    async_copy.async_copy_global_to_shared(
-        u_tiles.index(0), (u_ptr + sequence * u_stride_b) + _places(delta, u_stride_b, start)
+    words = _saved_words(
+        saved_ptr, group, tile, batch, n_pieces, piece_len, n_saved, n_heads, channel, RUN, IS_CUT, IS_FULL
     )
-    async_copy.async_copy_global_to_shared(
-        in_tiles.index(0), (in_gate_ptr + sequence * in_stride_b) + _places(delta, in_stride_b, start)
-    )
-    async_copy.async_copy_global_to_shared(
-        out_tiles.index(0), (out_gate_ptr + sequence * out_stride_b) + _places(delta, out_stride_b, start)
-    )
-    async_copy.async_copy_global_to_shared(
-        dout_tiles.index(0), (dout_ptr + sequence * dout_stride_b) + _places(delta, dout_stride_b, start)
-    )
-    async_copy.commit_group()
-    words = _saved_words(saved_ptr, group, tile, n_pieces, piece_len, n_saved, n_heads, channel, RUN, IS_CUT)
     for item in range(n_items):
         async_copy.wait_group(0)
         gl.thread_barrier()
@@ -144,26 +179,31 @@ def ssm_conv_bwd_hopper_kernel(
         next_tile = gl.where(is_more, gl.where(ends_group, n_tiles - 1, tile - 1), tile)
         next_delta, next_start = _rows_of(next_group, next_tile, n_pieces, piece_len, RUN, IS_CUT)
         sequence = (next_group * (64 // RUN) // n_pieces).to(gl.int64)
-        async_copy.async_copy_global_to_shared(
-            u_tiles.index(1 - slot), (u_ptr + sequence * u_stride_b) + _places(next_delta, u_stride_b, next_start)
+        other = 1 - slot
+        _copy(u_tiles.index(other), u_ptr, sequence, u_stride_b, next_delta, next_start, batch, seqlen, IS_FULL)
+        _copy(in_tiles.index(other), in_gate_ptr, sequence, in_stride_b, next_delta, next_start, batch, seqlen, IS_FULL)
+        _copy(
+            out_tiles.index(other), out_gate_ptr, sequence, out_stride_b, next_delta, next_start, batch, seqlen, IS_FULL
         )
-        async_copy.async_copy_global_to_shared(
-            in_tiles.index(1 - slot),
-            (in_gate_ptr + sequence * in_stride_b) + _places(next_delta, in_stride_b, next_start),
-        )
-        async_copy.async_copy_global_to_shared(
-            out_tiles.index(1 - slot),
-            (out_gate_ptr + sequence * out_stride_b) + _places(next_delta, out_stride_b, next_start),
-        )
-        async_copy.async_copy_global_to_shared(
-            dout_tiles.index(1 - slot),
-            (dout_ptr + sequence * dout_stride_b) + _places(next_delta, dout_stride_b, next_start),
+        _copy(
+            dout_tiles.index(other), dout_ptr, sequence, dout_stride_b, next_delta, next_start, batch, seqlen, IS_FULL
         )
         async_copy.commit_group()
         start_re = (words << 16).to(gl.float32, bitcast=True)
         start_im = (words & -65536).to(gl.float32, bitcast=True)
         words = _saved_words(
-            saved_ptr, next_group, next_tile, n_pieces, piece_len, n_saved, n_heads, channel, RUN, IS_CUT
+            saved_ptr,
+            next_group,
+            next_tile,
+            batch,
+            n_pieces,
+            piece_len,
+            n_saved,
+            n_heads,
+            channel,
+            RUN,
+            IS_CUT,
+            IS_FULL,
         )
 
         u_tile, in_tile, dout_tile = u_tiles.index(slot), in_tiles.index(slot), dout_tiles.index(slot)
@@ -180,7 +220,7 @@ def ssm_conv_bwd_hopper_kernel(
         v = hopper.warpgroup_mma_wait(2, deps=[v])
         v0_re, v0_im, v1_re, v1_im = halves(v)
         s0_re, s0_im, s1_re, s1_im, _, _ = pass_states(
-            v0_re, v0_im, v1_re, v1_im, a_re, a_im, start_re, start_im, totals, RUN, False
+            v0_re, v0_im, v1_re, v1_im, powers, start_re, start_im, totals, RUN, False
         )
         states = whole(s0_re, s0_im, s1_re, s1_im).to(gl.bfloat16)
         state.store(states)
@@ -194,7 +234,7 @@ def ssm_conv_bwd_hopper_kernel(
         w = hopper.warpgroup_mma_wait(1, deps=[w])
         w0_re, w0_im, w1_re, w1_im = halves(w)
         g1_re, g1_im, g0_re, g0_im, carry_re, carry_im = pass_states(
-            w1_re, w1_im, w0_re, w0_im, a_re, -a_im, carry_re, carry_im, adjoint_totals, RUN, True
+            w1_re, w1_im, w0_re, w0_im, powers, carry_re, carry_im, adjoint_totals, RUN, True
         )
         dstate.store(whole(g0_re, g0_im, g1_re, g1_im).to(gl.bfloat16))
         hopper.fence_async_shared()
@@ -218,21 +258,27 @@ def ssm_conv_bwd_hopper_kernel(
         in_tile.store(din_gate)
         gl.thread_barrier()
         delta, start = _rows_of(group, tile, n_pieces, piece_len, RUN, IS_CUT)
-        grad_at = _places(delta, dout_stride_b, start)
-        base = (group * (64 // RUN) // n_pieces).to(gl.int64) * dout_stride_b + to_gradient
-        gl.store((dout_gate_ptr + base) + grad_at, dout_tile.load(ROWS))
-        gl.store((du_ptr + base) + grad_at, u_tile.load(ROWS))
-        gl.store((din_gate_ptr + base) + grad_at, in_tile.load(ROWS))
+        sequence = (group * (64 // RUN) // n_pieces).to(gl.int64)
+        _store(dout_gate_ptr, dout_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+        _store(du_ptr, u_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+        _store(din_gate_ptr, in_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
         dtoeplitz, dinto, doutof = hopper.warpgroup_mma_wait(0, deps=[dtoeplitz, dinto, doutof])
         group, tile, slot = next_group, next_tile, 1 - slot
 
     async_copy.wait_group(0)
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))[:, None]
-    col = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA))[None, :]
-    at = program * 4096 + row * 64 + col
-    gl.store(dtoeplitz_ptr + at, dtoeplitz)
-    gl.store(dinto_ptr + at, dinto)
-    gl.store(doutof_ptr + at, doutof)
-    mode = gl.arange(0, 32, layout=HALF_MODES)
-    gl.store(ddecay_ptr + program * 64 + mode * 2, gl.sum(gl.sum(ddecay_re, 1), 0))
-    gl.store(ddecay_ptr + program * 64 + mode * 2 + 1, gl.sum(gl.sum(ddecay_im, 1), 0))
+    ddecay_re, ddecay_im = gl.sum(gl.sum(ddecay_re, 1), 0), gl.sum(gl.sum(ddecay_im, 1), 0)
+    if ENDS:
+        store_parameter_gradients(
+            log_a_ptr, b_ptr, c_ptr, dlog_a_ptr, db_ptr, dc_ptr, dd_ptr, channel, n_modes,
+            dtoeplitz, dinto, doutof, ddecay_re, ddecay_im, HAS_D,
+        )  # fmt: skip
+    else:
+        row = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))[:, None]
+        col = gl.arange(0, 64, layout=gl.SliceLayout(0, MMA))[None, :]
+        at = program * 4096 + row * 64 + col
+        gl.store(dtoeplitz_ptr + at, dtoeplitz)
+        gl.store(dinto_ptr + at, dinto)
+        gl.store(doutof_ptr + at, doutof)
+        mode = half_mode()
+        gl.store(ddecay_ptr + program * 64 + mode * 2, ddecay_re)
+        gl.store(ddecay_ptr + program * 64 + mode * 2 + 1, ddecay_im)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
 
 import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.launch_operators import ChunkOperators
 from hippos.ops.ssm_conv.schedule import Pieces, Schedule, groups_per_program
 
@@ -38,12 +38,17 @@ class HopperTiles:
     @property
     def n_tiles(self) -> int:
         """Tiles along a piece."""
-        return self.pieces.length // (self.run * CHUNK)
+        return -(-self.pieces.length // (self.run * CHUNK))
 
     @property
     def n_groups(self) -> int:
         """Groups of pieces that share tiles."""
-        return self.pieces.total // (ROWS // self.run)
+        return -(-self.pieces.total // (ROWS // self.run))
+
+    @property
+    def fullness(self) -> float:
+        """The share of the tiles' rows that hold chunks."""
+        return self.pieces.total * self.pieces.length / (self.n_tiles * self.n_groups * ROWS * CHUNK)
 
 
 @lru_cache
@@ -55,33 +60,40 @@ def has_hopper_programs(device: torch.device) -> bool:
     return is_known and importlib.util.find_spec("triton.experimental.gluon") is not None
 
 
-def hopper_tiles(batch: int, n_heads: int, seqlen: int, cut: Pieces, least: int) -> HopperTiles | None:
-    """Tiles that are full everywhere: of whole sequences if that makes ``least`` programs, else of pieces; or None.
+def whole_tiles(batch: int, n_heads: int, seqlen: int, least: int) -> HopperTiles | None:
+    """Tiles of whole sequences, as full as can be; None where they make few programs or hold parts of chunks.
 
     Args:
         batch: B.
         n_heads: H.
         seqlen: L.
-        cut: The pieces, if any.
         least: Programs that are enough.
 
     Returns:
         The tiles.
     """
-    if batch == 0:
+    if batch == 0 or seqlen % CHUNK:
         return None
-    whole = HopperTiles(ROWS // gcd(batch, ROWS // LEAST_RUN), Pieces(batch, 1, seqlen))
-    if seqlen % (whole.run * CHUNK) == 0 and n_heads * whole.n_groups >= least:
-        return whole
+    runs = (LEAST_RUN << i for i in range(5))  # among equals the shortest: its states pass through fewer threads
+    tiles = max((HopperTiles(run, Pieces(batch, 1, seqlen)) for run in runs), key=lambda tiles: tiles.fullness)
+    return tiles if n_heads * tiles.n_groups >= least else None
+
+
+def cut_tiles(batch: int, seqlen: int, cut: Pieces) -> HopperTiles | None:
+    """Tiles of pieces of sequences that are full everywhere, or None.
+
+    Args:
+        batch: B.
+        seqlen: L.
+        cut: The pieces.
+
+    Returns:
+        The tiles.
+    """
     fits = cut.length % LEAST_SPAN == 0 and cut.total * cut.length == batch * seqlen
-    if cut.is_cut and fits and cut.total % (ROWS // LEAST_RUN) == 0:
+    if batch > 0 and cut.is_cut and fits and cut.total % (ROWS // LEAST_RUN) == 0:
         return HopperTiles(LEAST_RUN, cut)
     return None
-
-
-def forward_hopper_schedule() -> Schedule:
-    """What the forward program's operators are made with: two bfloat16 parts each."""
-    return Schedule(chunk=CHUNK, rows=ROWS, lanes=ROWS // LEAST_RUN, num_warps=8, planes=2, operand=torch.bfloat16)
 
 
 def takes_hopper_forward(n_modes: int, signals: tuple[Tensor | None, ...]) -> bool:
@@ -122,70 +134,94 @@ def _is_aligned(signals: tuple[Tensor | None, ...]) -> bool:
 
 def launch_hopper_forward(
     tiles: HopperTiles,
-    signals: tuple[Tensor, Tensor, Tensor, Tensor],
-    operators: ChunkOperators,
+    inputs: Inputs,
+    operators: ChunkOperators | None,
     initial: Tensor | None,
+    y: Tensor,
     state: Tensor,
     saved: Tensor,
 ) -> None:
     """Run the forward program on whole sequences.
 
     Args:
-        tiles: From `hopper_tiles`.
-        signals: u, its gate, the output's gate and memory for y, each (B, H, L).
-        operators: Chunk operators of `forward_hopper_schedule`.
+        tiles: From `whole_tiles`.
+        inputs: As in `ssm_conv_fwd`, both gates among them.
+        operators: Chunk operators of `forward_schedule`, or None: each program makes its own.
         initial: Initial states, (B, H, 2, 32), or None.
+        y: Memory for y, (B, H, L).
         state: Memory for the final states, (B, H, 32, 2), or empty.
         saved: Memory for the states before every 256 samples, (B, H, L / 256, 32, 2), or empty.
     """
     from hippos.ops.ssm_conv.kernels_hopper_forward import ssm_conv_fwd_hopper_kernel
 
-    batch, n_heads, _ = signals[0].shape
-    per_program = groups_per_program(n_heads, tiles.n_groups, 2 * PROGRAMS)
+    u, log_a, b, c, d, in_gate, out_gate, _ = inputs
+    assert in_gate is not None  # both seen by takes_hopper_forward
+    assert out_gate is not None
+    (batch, n_heads, seqlen), signals = u.shape, (u, in_gate, out_gate, y)
+    planes = 2 if u.dtype == torch.float16 else 1
+    stored = (y,) * 5
+    if operators is not None:
+        stored = (operators.taps, operators.into, operators.outof, operators.decay, operators.exponents)
+    per_program = groups_per_program(n_heads, tiles.n_groups, PROGRAMS)
     ssm_conv_fwd_hopper_kernel[(n_heads * triton.cdiv(tiles.n_groups, per_program),)](
-        *signals, operators.taps, operators.into, operators.outof, operators.decay,
-        operators.decay if initial is None else initial, state, saved,
+        *signals, *stored, log_a, b, c, log_a if d is None else d,
+        log_a if initial is None else initial, state, saved,
         *(stride for signal in signals for stride in signal.stride()[:2]),
-        n_heads, tiles.n_tiles, tiles.n_groups, per_program, tiles.pieces.length // LEAST_SPAN,
-        0 if initial is None else batch,
-        RUN=tiles.run, SAVES=saved.numel() > 0, WANTS_STATE=state.numel() > 0, num_warps=8, maxnreg=128,
+        n_heads, log_a.shape[1], batch, seqlen, tiles.n_tiles, tiles.n_groups, per_program,
+        -(-seqlen // LEAST_SPAN), 0 if initial is None else batch,
+        RUN=tiles.run, PLANES=planes, SAVES=saved.numel() > 0, WANTS_STATE=state.numel() > 0,
+        MAKES=operators is None, HAS_D=d is not None, IS_FULL=tiles.fullness == 1,
+        num_warps=4, maxnreg=168 if planes == 1 else None,
     )  # fmt: skip
 
 
 def launch_hopper_backward(
     tiles: HopperTiles,
-    signals: tuple[Tensor, Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-    operators: ChunkOperators,
+    inputs: Inputs,
+    operators: ChunkOperators | None,
+    dout: Tensor,
     saved: Tensor,
     later: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[list[Tensor], int]:
-    """Run the program.
+    """Run the backward program.
 
     Args:
-        tiles: From `hopper_tiles`.
-        signals: u, its gate, the output's gate and the gradient of y, each (B, H, L).
-        gradients: Memory for those of u, its gate and the output's gate, laid out like the gradient of y.
-        operators: Chunk operators in bfloat16.
+        tiles: From `whole_tiles` or `cut_tiles`.
+        inputs: As in `ssm_conv_fwd`, both gates among them.
+        operators: Chunk operators in bfloat16, or None: each program makes its own.
+        dout: Gradient of y.
         saved: The states before every 256 samples, (B, H, L / 256, 32, 2).
         later: The adjoint state after each piece, (n, H, 2, 32), or None if pieces are whole sequences.
+        gradients: Memory for those of u, its gate and the output's gate, laid out like the gradient of y.
+        parameters: Memory for those of log_a, b, c and d, where no operators are given.
 
     Returns:
-        The partial gradients of the operators, and into how many parts each channel's are split.
+        The partial gradients of the operators, and into how many parts each channel's are split: none, if programs have
+        all of a channel and no operators were given; the parameters then have their gradients.
     """
     from hippos.ops.ssm_conv.kernels_hopper_backward import ssm_conv_bwd_hopper_kernel
 
-    n_heads, device = saved.shape[1], saved.device
+    u, log_a, b, c, d, in_gate, out_gate, _ = inputs
+    assert in_gate is not None  # both seen by takes_hopper_backward
+    assert out_gate is not None
+    (batch, n_heads, seqlen), signals = u.shape, (u, in_gate, out_gate, dout)
     per_program = groups_per_program(n_heads, tiles.n_groups, PROGRAMS)
     splits = triton.cdiv(tiles.n_groups, per_program)
+    ends = operators is None and splits == 1
     shapes = ((CHUNK, CHUNK), (CHUNK, MODES, 2), (CHUNK, MODES, 2), (MODES, 2))
-    partial = [torch.empty(n_heads * splits, *shape, device=device) for shape in shapes]
+    partial = [] if ends else [torch.empty(n_heads * splits, *shape, device=saved.device) for shape in shapes]
+    stored = (dout, dout, dout, log_a)
+    if operators is not None:
+        stored = (operators.taps, operators.into, operators.outof, operators.decay)
     ssm_conv_bwd_hopper_kernel[(n_heads * splits,)](
-        *signals, *gradients, operators.taps, operators.into, operators.outof, operators.decay, saved,
-        operators.decay if later is None else later, *partial,
+        *signals, *gradients, *stored, log_a, b, c, log_a if d is None else d, saved,
+        log_a if later is None else later, *(partial or (log_a,) * 4), *parameters,
         *(stride for signal in signals for stride in signal.stride()[:2]),
-        n_heads, tiles.pieces.per_sequence, tiles.pieces.length, tiles.n_tiles, tiles.n_groups, per_program,
-        saved.shape[2], 0 if later is None else tiles.pieces.total,
-        RUN=tiles.run, IS_CUT=tiles.pieces.per_sequence > 1, num_warps=8,
+        n_heads, log_a.shape[1], batch, seqlen, tiles.pieces.per_sequence, tiles.pieces.length, tiles.n_tiles,
+        tiles.n_groups, per_program, saved.shape[2], 0 if later is None else tiles.pieces.total,
+        RUN=tiles.run, IS_CUT=tiles.pieces.is_cut, IS_FULL=tiles.fullness == 1,
+        MAKES=operators is None, ENDS=ends, HAS_D=d is not None, num_warps=8,
     )  # fmt: skip
     return partial, splits

@@ -11,7 +11,7 @@ from torch import Tensor
 from hippos.ops.kernel_device import has_large_shared_memory
 
 FEW_MODES = 8  # up to so many, or
-FEW_SAMPLES = 4096  # with fewer of them, rounding errors do not average out
+FEW_SAMPLES = 2048  # with fewer of them, rounding errors do not average out
 MAX_STEPS = 4  # the kernels scan by fours: steps, then lanes, then fours of lanes
 
 
