@@ -16,7 +16,7 @@ TEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 # Triton's interpreter and the NumPy that it needs lie over the environment's packages where kernels are tested, and there only.
 INTERPRETER := $(VENV)/interpreter
-TEST_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(PYTEST) $(wildcard tests/ops/test_*_triton.py)
+TEST_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(PYTEST) $(wildcard tests/*/test_*_triton.py)
 
 # Without PyTorch's own pool every tensor is an allocation that memcheck knows. Left out: graphs, which need the pool, and what
 # measures memory or compiles. Results of kernels are compared as ever, so that a failing test is told from a bad access.

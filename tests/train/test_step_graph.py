@@ -16,6 +16,8 @@ from hippos.train.metrics import read_metrics
 from hippos.train.processes import Processes
 from hippos.train.step_graph import GraphedPasses, uses_graph
 
+# Dynamo looks at the .grad of a block's input while it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 ALONE = Processes()
 SIZES = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "attn_layers": (1,)}
 DROPOUT = {"embedding_dropout": 0.1, "residual_dropout": 0.1}

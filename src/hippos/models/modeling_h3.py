@@ -17,6 +17,7 @@ from hippos.models.block import H3Block
 from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
 from hippos.models.context import ContextPart
+from hippos.models.fused_trunk import run_fused_trunk, takes_fused_trunk
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
 from hippos.models.loss import chunked_next_token_loss, next_token_loss
 from hippos.models.pretrained_h3 import H3PreTrainedModel
@@ -135,13 +136,17 @@ class H3Model(H3PreTrainedModel):
         all_weights: list[Tensor] = []
         if self.training:
             hidden_states = F.dropout(hidden_states, self.config.embedding_dropout)
-        for block in self.layers:
-            if wants_states:
-                states.append(hidden_states)
-            hidden_states, weights = block(hidden_states, layout=layout, past_key_values=past_key_values)
-            if weights is not None:
-                all_weights.append(weights)
-        hidden_states = self.norm(hidden_states)
+        is_plain = self.training and past_key_values is None and not (wants_states or wants_weights)
+        if is_plain and takes_fused_trunk(self.layers, self.norm, hidden_states):
+            hidden_states = run_fused_trunk(self.layers, self.norm, hidden_states, layout)
+        else:
+            for block in self.layers:
+                if wants_states:
+                    states.append(hidden_states)
+                hidden_states, weights = block(hidden_states, layout=layout, past_key_values=past_key_values)
+                if weights is not None:
+                    all_weights.append(weights)
+            hidden_states = self.norm(hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache is not False else None,

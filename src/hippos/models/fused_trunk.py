@@ -1,0 +1,124 @@
+"""The stack of blocks in training on a GPU, with one kernel for all that lies between two parts of a block.
+
+Plain blocks leave sums, norms, GELUs and the gradients of biases to PyTorch, which makes a pass over the memory of
+each, and a compiler, which sees one block at a time, still makes several. Here what a part adds to the stream goes to
+the next norm as it is, without the bias of the product that made it: `hippos.ops.add_norm` adds both, and its backward
+pass makes every gradient that is a sum over tokens. Module names, parameters and results are those of the plain blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hippos.layers import H3, MLP
+from hippos.layers.projections import is_plain_linear
+from hippos.models.attention import CachedSelfAttention
+from hippos.models.block import H3Block, mix_ssm
+from hippos.models.layout import TokenLayout
+from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
+from hippos.ops.gelu_mlp import gelu_mlp
+
+__all__ = ["run_fused_trunk", "takes_fused_trunk"]
+
+
+def takes_fused_trunk(blocks: Iterable[nn.Module], norm: nn.Module, stream: Tensor) -> bool:
+    """Whether `run_fused_trunk` gives what the blocks and the norm behind them would give, but faster.
+
+    It calls norms' and MLPs' parameters and not the modules, so these must be plain: no hooks (FSDP has some), nothing
+    replaced (as by LoRA), not compiled. Only hybrids of H3 and attention: other SSMs spend their time elsewhere.
+
+    Args:
+        blocks: The blocks.
+        norm: The norm behind the last one.
+        stream: What goes in.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not takes_kernels(stream):
+        return False
+    return _is_plain_norm(norm) and all(_is_plain_block(block) for block in blocks)
+
+
+def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: TokenLayout) -> Tensor:
+    """Run the blocks, in training, and the norm behind them.
+
+    Args:
+        blocks: Those that `takes_fused_trunk` has looked at.
+        norm: The norm behind the last one.
+        stream: Embedded tokens, shape (B, L, D).
+        layout: Masks, documents and positions of the tokens.
+
+    Returns:
+        Normalised hidden states, shape (B, L, D), dtype of ``stream``.
+    """
+    device_type = stream.device.type
+    is_autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if is_autocast else stream.dtype
+    update: Tensor | None = None
+    update_bias: Tensor | None = None
+    for block in blocks:
+        recomputes = block.recomputes_cheap_parts
+        kept = _add_norm(block.norm1, stream, update, update_bias, dtype)
+        with _made_again(kept) if recomputes else nullcontext():
+            update = _mix(block.mixer, kept.normed, layout)
+        kept = _add_norm(block.norm2, kept.total, update, None, dtype)
+        with _made_again(kept) if recomputes else nullcontext():
+            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+            update = gelu_mlp(kept.normed, fc1.weight, fc1.bias, fc2.weight, recomputes=recomputes, impl="triton")
+        stream, update_bias = kept.total, fc2.bias
+    return _add_norm(norm, stream, update, update_bias, stream.dtype).normed
+
+
+def _add_norm(
+    norm: nn.LayerNorm, stream: Tensor, update: Tensor | None, update_bias: Tensor | None, dtype: torch.dtype
+) -> NormKept:
+    return add_norm_kept(stream, update, norm.weight, norm.bias, update_bias=update_bias, eps=norm.eps, dtype=dtype)
+
+
+def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> Tensor:
+    if isinstance(mixer, CachedSelfAttention):
+        return mixer.mix(u, layout, None)[0]
+    return mix_ssm(mixer, u, layout, None)
+
+
+def _made_again(kept: NormKept) -> AbstractContextManager[Any]:
+    """Let the backward pass of what runs in this context make the norm's output once more, instead of keeping it."""
+    place, size = kept.normed.data_ptr(), kept.normed.numel()
+    again = kept.forget_normed()
+
+    def pack(saved: Tensor) -> Any:
+        is_normed = saved.data_ptr() == place and saved.numel() == size  # in whatever order of axes
+        return (saved.shape, saved.stride()) if is_normed else saved
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else again().as_strided(*packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    return (
+        type(block) is H3Block
+        and _is_untouched(block)
+        and not (block.training and block.dropout)
+        and not getattr(block, "gradient_checkpointing", False)
+        and type(block.mixer) in (H3, CachedSelfAttention)
+        and _is_plain_norm(block.norm1)
+        and _is_plain_norm(block.norm2)
+        and type(block.mlp) is MLP
+        and _is_untouched(block.mlp)
+        and all(is_plain_linear(linear) and linear.bias is not None for linear in (block.mlp.fc1, block.mlp.fc2))
+    )
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and norm.bias is not None and _is_untouched(norm)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module would run its class's forward and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__ and module._compiled_call_impl is None

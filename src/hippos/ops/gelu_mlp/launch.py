@@ -1,0 +1,39 @@
+"""Launch the GELU's kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from hippos.ops.gelu_mlp.kernels import gelu_bwd_kernel, gelu_kernel
+
+_ROWS, _BLOCK = 8, 512
+_PROGRAMS_PER_PROCESSOR = 4
+
+
+def gelu(inner: Tensor, bias: Tensor) -> Tensor:
+    """GELU of inner + bias: shapes (T, F), contiguous, and (F,)."""
+    n_rows, d_ff = inner.shape
+    act = torch.empty_like(inner)
+    block = min(_BLOCK, triton.next_power_of_2(d_ff))
+    gelu_kernel[(triton.cdiv(n_rows, _ROWS), triton.cdiv(d_ff, block))](
+        inner, bias, act, n_rows, d_ff, ROWS=_ROWS, BLOCK=block, num_warps=4
+    )
+    return act
+
+
+def gelu_bwd_(inner: Tensor, bias: Tensor, dact: Tensor, act: Tensor | None) -> Tensor:
+    """Make ``dact`` the gradient of inner, in place, fill ``act`` if given, and give the bias's gradient, float32."""
+    n_rows, d_ff = inner.shape
+    block = min(_BLOCK, triton.next_power_of_2(d_ff))
+    n_blocks = triton.cdiv(d_ff, block)
+    device = inner.device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    n_programs = min(triton.cdiv(n_rows, _ROWS), triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors, n_blocks))
+    shares = torch.empty(n_programs, d_ff, dtype=torch.float32, device=device)
+    gelu_bwd_kernel[(n_programs, n_blocks)](
+        inner, bias, dact, act if act is not None else dact, shares, n_rows, d_ff, n_programs,
+        WRITES_ACT=act is not None, ROWS=_ROWS, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return shares.sum(0)

@@ -1,0 +1,148 @@
+"""Fused blocks against plain ones: in Triton's interpreter, and on a GPU (marked gpu)."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from hippos.models import H3Config, H3ForCausalLM, fused_trunk
+from hippos.models.fused_trunk import takes_fused_trunk
+from hippos.train.arguments import recompute_cheap_parts
+
+# numpy 2 warns of a conversion in Triton's own code.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")
+SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "attn_layers": (1,)}
+
+
+def make(device="cpu", **fields):
+    torch.manual_seed(0)
+    model = H3ForCausalLM(H3Config(**{**SIZES, "state_size": 8, **fields}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(device).train()
+
+
+def run(model, ids, *, autocast=False, **inputs):
+    model.zero_grad()
+    with torch.autocast(ids.device.type, torch.bfloat16) if autocast else nullcontext():
+        loss = model(ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def plainly(monkeypatch):
+    return monkeypatch.setattr("hippos.models.modeling_h3.takes_fused_trunk", lambda *args: False)
+
+
+def calls_of(monkeypatch):
+    calls = []
+    kept = fused_trunk.run_fused_trunk
+    monkeypatch.setattr("hippos.models.modeling_h3.run_fused_trunk", lambda *a: (calls.append(1), kept(*a))[1])
+    return calls
+
+
+@interpreted
+@pytest.mark.parametrize("is_frugal", [False, True])
+def test_same_loss_and_gradients_in_the_interpreter(monkeypatch, is_frugal):
+    model, ids = make(), torch.randint(31, (2, 20))
+    if is_frugal:
+        recompute_cheap_parts(model)
+    calls = calls_of(monkeypatch)
+    loss, gradients = run(model, ids)
+    assert calls
+    plainly(monkeypatch)
+    wanted, wanted_gradients = run(model, ids)
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@interpreted
+def test_packed_documents_in_the_interpreter(monkeypatch):
+    model, ids = make(), torch.randint(31, (2, 20))
+    positions = torch.tensor([[*range(8), *range(12)], [*range(20)]])
+    calls = calls_of(monkeypatch)
+    loss, _ = run(model, ids, position_ids=positions)
+    assert calls
+    plainly(monkeypatch)
+    torch.testing.assert_close(loss, run(model, ids, position_ids=positions)[0], rtol=1e-6, atol=0)
+
+
+@interpreted
+def test_frugal_blocks_keep_neither_norms_nor_gelus(monkeypatch):
+    model, ids = make(), torch.randint(31, (2, 20))
+    recompute_cheap_parts(model)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def noting(pack, unpack):
+        return hooks(lambda x: (kept.append(pack(x)), kept[-1])[1], unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", noting)
+    run(model, ids)
+    shapes = [tuple(x.shape) for x in kept if isinstance(x, torch.Tensor)]
+    assert shapes.count((40, 64)) == 3, "what the GELU takes, and not what it gives"
+    assert sum(isinstance(x, tuple) for x in kept) >= 6, "a norm before each MLP and each mixer"
+    assert (2, 20, 16) not in shapes
+
+
+@interpreted
+def test_who_must_be_plain():
+    stream = torch.zeros(2, 5, 16)
+
+    def takes(model):
+        return takes_fused_trunk(model.model.layers, model.model.norm, stream)
+
+    assert takes(make())
+    assert not takes(make(residual_dropout=0.1))
+    assert not takes(make(mixer="s4d"))
+    assert not takes_fused_trunk(make().model.layers, torch.nn.Identity(), stream)
+    hooked = make()
+    hooked.model.layers[1].mlp.fc1.register_forward_hook(lambda *args: None)
+    assert not takes(hooked)
+    replaced = make()
+    replaced.model.layers[0].mlp.fc2 = torch.nn.Sequential(replaced.model.layers[0].mlp.fc2)
+    assert not takes(replaced)
+    compiled = make()
+    compiled.model.layers[2].compile(backend="eager")
+    assert not takes(compiled)
+    checkpointed = make()
+    checkpointed.model.layers[0].gradient_checkpointing = True
+    assert not takes(checkpointed)
+    with torch.no_grad():
+        assert not takes(make())
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="Triton's interpreter runs on a CPU")
+def test_a_cpu_runs_plain_blocks():
+    model = make()
+    assert not takes_fused_trunk(model.model.layers, model.model.norm, torch.zeros(2, 5, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_frugal", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_same_loss_and_gradients_on_a_gpu(monkeypatch, is_frugal, autocast):
+    sizes = {"hidden_size": 128, "state_size": 64, "num_attention_heads": 2, "vocab_size": 320}
+    model, ids = make("cuda", **sizes), torch.randint(320, (4, 200), device="cuda")
+    exact = make("cpu", **sizes).double()
+    _, wanted = run(exact, ids.cpu())
+    if is_frugal:
+        recompute_cheap_parts(model)
+    calls = calls_of(monkeypatch)
+    found = run(model, ids, autocast=autocast)
+    assert calls
+    plainly(monkeypatch)
+    usual = run(model, ids, autocast=autocast)
+    torch.testing.assert_close(found[0], usual[0], rtol=2e-3 if autocast else 1e-5, atol=0)
+    for name, right in wanted.items():
+        errors = [float((x[1][name].cpu().double() - right).norm() / right.norm()) for x in (found, usual)]
+        assert errors[0] < max(1.5 * errors[1], 1e-4), name
