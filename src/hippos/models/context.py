@@ -11,7 +11,7 @@ in time the same happens with the gradient of the state.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,14 @@ from hippos.errors import UnsupportedError
 from hippos.layers import H3, SSMLayer
 from hippos.layers.arguments import without_autocast
 from hippos.layers.h3 import _no_shift
-from hippos.layers.projections import project_from_channels, project_to_channels
+from hippos.layers.joint_projection import project_jointly
+from hippos.layers.projections import plain_projections, project_from_channels, project_to_channels
 from hippos.ops import H3State, h3_mix
 from hippos.ops.ssm_state import h3_initial_gradient, h3_state_after, initial_gradient, pass_time, state_after
 
 __all__ = ["ContextPart", "attend_in_context", "mix_in_context", "split_context"]
+
+StateT = TypeVar("StateT")
 
 
 class ContextPart(NamedTuple):
@@ -37,16 +40,29 @@ class ContextPart(NamedTuple):
         group: The processes, in the order of the sequence's parts.
         rank: Which part this process has.
         size: Number of parts.
+        known: By a layer's id the state before this part, for passes that activation checkpointing repeats; they need
+            not exchange anything. None remembers nothing.
     """
 
     group: Any
     rank: int
     size: int
+    known: dict[int, Any] | None = None
 
     @classmethod
     def of(cls, group: Any) -> ContextPart:
-        """This process's part of a group of torch.distributed."""
-        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+        """This process's part of a group of torch.distributed, for one pass of a model."""
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), {})
+
+    def remember(self, layer: object, state: StateT) -> StateT:
+        """Keep the state before this part, through which no gradient flows, for the next pass of the layer."""
+        if self.known is not None:
+            self.known[id(layer)] = state
+        return state
+
+    def recall(self, layer: object) -> Any:
+        """The state that was kept, or None."""
+        return None if self.known is None else self.known.get(id(layer))
 
 
 def split_context(input_ids: Tensor, targets: Tensor | None, part: ContextPart) -> dict[str, Any]:
@@ -199,7 +215,11 @@ class _GatherParts(torch.autograd.Function):
 
 
 def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
-    q, k, v = mixer._project(u, project_to_channels)  # (B, D, L)
+    projections = plain_projections(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj)
+    if projections is None:
+        q, k, v = mixer._project(u, project_to_channels)
+    else:
+        q, k, v = project_jointly(projections, u)  # (B, D, L)
     seqlen = k.shape[-1]
     with without_autocast(u.device.type):
         diag = mixer.diag.operators()
@@ -207,10 +227,13 @@ def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
         n_keys = shift.filter.shape[1] - 1
         if n_keys > seqlen:
             raise ValueError(f"each process needs at least the {n_keys} tokens of the shift SSM's past, got {seqlen}")
-        halo = _keys_before(k, n_keys, part)
         head_dim, log_a, c = mixer.head_dim, diag.log_a.detach(), diag.c.detach()
-        added = h3_state_after(k, v, *shift, log_a, diag.b, past=halo, head_dim=head_dim)
-        before = H3State(halo, pass_states(added, log_a, seqlen, part))
+        before = part.recall(mixer)
+        if before is None:
+            halo = _keys_before(k, n_keys, part)
+            added = h3_state_after(k, v, *shift, log_a, diag.b, past=halo, head_dim=head_dim)
+            before = H3State(halo, pass_states(added, log_a, seqlen, part))
+            part.remember(mixer, H3State(halo.detach(), before.diag))
         arguments = (q, k, v, *shift, *diag)
         o, after = h3_mix(*arguments, head_dim=head_dim, initial_state=before, return_state=True)
         o = _receive_gradient(o, after.diag, _Link(q.detach(), log_a, c, head_dim, seqlen, part))
@@ -226,8 +249,10 @@ def _mix_ssm(mixer: SSMLayer, u: Tensor, part: ContextPart) -> Tensor:
             raise UnsupportedError(f"{type(mixer).__name__} layers cannot be split over processes: no diagonal SSM")
         channels = x.transpose(1, 2)
         log_a, c = operators.log_a.detach(), operators.c.detach()
-        added = state_after(channels, log_a, operators.b)
-        before = pass_states(added, log_a, u.shape[1], part)
+        before = part.recall(mixer)
+        if before is None:
+            added = state_after(channels, log_a, operators.b)
+            before = part.remember(mixer, pass_states(added, log_a, u.shape[1], part))
         y, after = mixer._convolve(channels, before, True, None)
         y = _receive_gradient(y, cast(Tensor, after), _Link(None, log_a, c, 1, u.shape[1], part))
     return mixer._leave(y.transpose(1, 2), u)
