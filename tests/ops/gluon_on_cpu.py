@@ -186,6 +186,7 @@ def _language(program, n_warps):
         **{name: getattr(torch, name) for name in ["float32", "bfloat16", "float16", "int16", "int32", "int64"]},
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
+        full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype)),
         full_like=lambda x, value: Value(torch.full_like(x.tensor, value)),
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
         cdiv=lambda x, y: (x + y - 1) // y,

@@ -56,19 +56,37 @@ def _doubled(p_re, p_im, a_re, a_im, IS_FALLING: gl.constexpr):
 
 
 @gluon.jit
-def powers_of(log_re, phase, IS_FALLING: gl.constexpr):
-    """A ** k for k from 0 to 63, (64, 32), or from 63 to 0; log_re and phase (32,) as a row of `starts_layout`."""
+def _chosen(s_re, s_im, a_re, a_im, is_chosen):
+    """S times a where chosen, else s."""
+    t_re, t_im = s_re * a_re - s_im * a_im, s_re * a_im + s_im * a_re
+    return gl.where(is_chosen, t_re, s_re), gl.where(is_chosen, t_im, s_im)
+
+
+@gluon.jit
+def _squared(a_re, a_im):
+    return a_re * a_re - a_im * a_im, 2 * a_re * a_im
+
+
+@gluon.jit
+def powers_of(a_re, a_im, IS_FALLING: gl.constexpr):
+    """A ** k for k from 0 to 63, (64, 32), or from 63 to 0, right to 64 roundings; a (32,) as in `starts_layout`."""
     WARPS: gl.constexpr = gl.num_warps()
-    SPAN: gl.constexpr = 64 // WARPS
-    first = gl.arange(0, WARPS, layout=gl.SliceLayout(1, starts_layout(WARPS)))[:, None] * SPAN
+    a2_re, a2_im = _squared(a_re, a_im)
+    a4_re, a4_im = _squared(a2_re, a2_im)
+    a8_re, a8_im = _squared(a4_re, a4_im)
+    a16_re, a16_im = _squared(a8_re, a8_im)
+    a32_re, a32_im = _squared(a16_re, a16_im)
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, starts_layout(WARPS)))[:, None]
     if IS_FALLING:
-        first = 64 - SPAN - first
-    p_re, p_im = complex_power(log_re[None, :], phase[None, :], first)
-    a_re, a_im = complex_power(log_re, phase, gl.full_like(phase, 1))
-    a2_re, a2_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
-    a4_re, a4_im = a2_re * a2_re - a2_im * a2_im, 2 * a2_re * a2_im
-    if SPAN == 16:
-        a8_re, a8_im = a4_re * a4_re - a4_im * a4_im, 2 * a4_re * a4_im
+        warp = WARPS - 1 - warp
+    p_re = gl.full((WARPS, 32), 1.0, gl.float32, starts_layout(WARPS))
+    p_im = gl.zeros((WARPS, 32), gl.float32, starts_layout(WARPS))
+    if WARPS == 8:
+        p_re, p_im = _chosen(p_re, p_im, a8_re[None, :], a8_im[None, :], warp & 1 == 1)
+        warp = warp >> 1
+    p_re, p_im = _chosen(p_re, p_im, a16_re[None, :], a16_im[None, :], warp & 1 == 1)
+    p_re, p_im = _chosen(p_re, p_im, a32_re[None, :], a32_im[None, :], warp & 2 == 2)
+    if WARPS == 4:
         p_re, p_im = _doubled(p_re, p_im, a8_re, a8_im, IS_FALLING)
     p_re, p_im = _doubled(p_re, p_im, a4_re, a4_im, IS_FALLING)
     p_re, p_im = _doubled(p_re, p_im, a2_re, a2_im, IS_FALLING)
@@ -121,35 +139,36 @@ def make_operators(
     if HAS_D:
         d = gl.load(d_ptr + channel)
     tap_exponent, into_exponent, outof_exponent = 0, 0, 0
-    tap_scale, into_scale, outof_scale = 1.0, 1.0, 1.0
+    tap_scale, into_scale, outof_scale, back_scale = 1.0, 1.0, 2.0, 2.0
     if IS_SCALED:
         largest = gl.maximum(gl.exp(63.0 * log_re), 1.0)
         b_size, c_size = gl.abs(b_re) + gl.abs(b_im), 2 * (gl.abs(c_re) + gl.abs(c_im))
         tap_exponent = exponent_to_half(gl.sum(b_size * c_size * largest, 0) + gl.abs(d))
         into_exponent = exponent_to_half(gl.max(b_size * largest, 0))
         outof_exponent = exponent_to_half(gl.max(c_size * largest * gl.exp(log_re), 0))
-        tap_scale, into_scale, outof_scale = two_to(tap_exponent), two_to(into_exponent), two_to(outof_exponent)
-    ca_re, ca_im = 2 * (c_re * a_re - c_im * a_im), 2 * (c_re * a_im + c_im * a_re)
+        tap_scale, into_scale, outof_scale = two_to(tap_exponent), two_to(into_exponent), 2 * two_to(outof_exponent)
+        back_scale = 2 * tap_scale * two_to(-into_exponent)
+    ca_re, ca_im = c_re * a_re - c_im * a_im, c_re * a_im + c_im * a_re
     ca_re, ca_im = _row(ca_re * outof_scale), _row(ca_im * outof_scale)
-    p_re, p_im = powers_of(log_re, phase, False)
-    outof = gl.join(ca_re * p_re - ca_im * p_im, -(ca_re * p_im + ca_im * p_re))
+    p_re, p_im = powers_of(a_re, a_im, False)
+    outof = gl.join(ca_re * p_re - ca_im * p_im, -ca_re * p_im - ca_im * p_re)
     outof, outof_rest = _keep(gl.reshape(outof, (64, 64)), DTYPE, PLANES)
 
-    # into[j] = b a^(63 - j), so the taps come in the same order.
-    p_re, p_im = powers_of(log_re, phase, True)
-    b_re, b_im, c_re, c_im = _row(b_re), _row(b_im), _row(c_re), _row(c_im)
+    # into[j] = b a^(63 - j), so the taps come in the same order, 63 to 0.
+    p_re, p_im = powers_of(a_re, a_im, True)
+    b_re, b_im = _row(b_re * into_scale), _row(b_im * into_scale)
+    c_re, c_im = _row(c_re * back_scale), _row(c_im * back_scale)
     into_re, into_im = b_re * p_re - b_im * p_im, b_re * p_im + b_im * p_re
+    into, into_rest = _keep(gl.reshape(gl.join(into_re, into_im), (64, 64)), DTYPE, PLANES)
     by_sample: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [gl.num_warps(), 1], [1, 0])  # fewer shuffles
-    taps = 2 * gl.sum(gl.convert_layout(c_re * into_re - c_im * into_im, by_sample), 1)
+    taps = gl.sum(gl.convert_layout(c_re * into_re - c_im * into_im, by_sample), 1)
     sample = gl.arange(0, 64, layout=gl.SliceLayout(1, by_sample))
-    taps = gl.where(sample == 63, taps + d, taps) * tap_scale
-    into = gl.join(into_re * into_scale, into_im * into_scale)
-    into, into_rest = _keep(gl.reshape(into, (64, 64)), DTYPE, PLANES)
-
-    place = gl.arange(0, 4096, layout=gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
-    lag = place % 64 - place // 64
+    taps = gl.where(sample == 63, taps + d * tap_scale, taps)
+    # With 64 zeros behind them, all taps of the Toeplitz matrix stand 63 + row - column places from the first.
+    taps = gl.reshape(gl.permute(gl.join(taps, gl.zeros_like(taps)), (1, 0)), (128,))
     taps = gl.convert_layout(taps, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    taps = gl.where(lag >= 0, gl.gather(taps, gl.minimum(63 - lag, 63), 0), 0.0)
+    place = gl.arange(0, 4096, layout=gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
+    taps = gl.gather(taps, 63 + place // 64 - place % 64, 0)
     toeplitz, toeplitz_rest = _keep(gl.reshape(taps, (64, 64)), DTYPE, PLANES)
     operators = (toeplitz, toeplitz_rest, into, into_rest, outof, outof_rest)
     return operators, (tap_exponent, into_exponent, outof_exponent), powers

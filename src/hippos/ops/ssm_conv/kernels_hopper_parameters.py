@@ -72,8 +72,9 @@ def store_parameter_gradients(
     layout: gl.constexpr = gl.SliceLayout(0, powers_layout(gl.num_warps()))
     log_re, log_im = load_modes(log_a_ptr, channel, n_modes, starts)
     phase = phase_of(log_im)
-    p_re, p_im = powers_of(log_re, phase, False)
-    q_re, q_im = powers_of(log_re, phase, True)
+    a_re, a_im = complex_power(log_re, phase, gl.full_like(phase, 1))
+    p_re, p_im = powers_of(a_re, a_im, False)
+    q_re, q_im = powers_of(a_re, a_im, True)
     exponent = gl.arange(0, 64, layout=gl.SliceLayout(1, powers_layout(gl.num_warps())))[:, None].to(gl.float32)
 
     dtaps = _taps_of(dtoeplitz)
@@ -92,7 +93,7 @@ def store_parameter_gradients(
     phase = gl.convert_layout(phase, layout)
     b_re, b_im = load_modes(b_ptr, channel, n_modes, layout)
     c_re, c_im = load_modes(c_ptr, channel, n_modes, layout)
-    a_re, a_im = complex_power(log_re, phase, gl.full_like(phase, 1))
+    a_re, a_im = gl.convert_layout(a_re, layout), gl.convert_layout(a_im, layout)
     decay_re, decay_im = complex_power(log_re, phase, gl.full_like(phase, 64))
     ca_re, ca_im = c_re * a_re - c_im * a_im, c_re * a_im + c_im * a_re
     cb_re, cb_im = c_re * b_re - c_im * b_im, c_re * b_im + c_im * b_re
