@@ -47,6 +47,17 @@ def test_ids_and_embeddings_together_or_neither(make_model, ids):
             model(**arguments)
 
 
+@pytest.mark.parametrize("options", [{}, {"loss_chunk_tokens": 3}])
+def test_labels_of_another_shape_or_vocabulary(make_model, ids, options):
+    model, text = make_model(), ids(2, 5)
+    with pytest.raises(ValueError, match=r"labels must have the shape \(B, L\) .*\(2, 5\), got \(2, 4\)"):
+        model(text, labels=text[:, :4], **options)
+    with pytest.raises(ValueError, match=r"97 is not in the vocabulary of 97 tokens \(0 to 96\)"):
+        model(text, labels=text.masked_fill(text == text[0, 2], 97), **options)
+    nothing = model(text, labels=torch.full_like(text, -100), num_items_in_batch=1, **options)
+    assert nothing.loss == 0
+
+
 def test_embeddings_in_place_of_ids(make_model, ids):
     model, text = make_model(), ids(2, 5)
     embeddings = model.get_input_embeddings()(text)

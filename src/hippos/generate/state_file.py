@@ -51,6 +51,8 @@ def save_state(state: GenerationState, path: str | os.PathLike[str]) -> None:
         OSError: If it cannot be written; a file that was there before is whole then.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(2, "no such folder", str(path.parent))
     tensors = _packed(state)
     fingerprint = model_fingerprint(state.model)
     metadata = {

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.utils.import_utils import is_tracing
 
+from hippos.models.tokens import check_vocabulary
 from hippos.ops import linear_cross_entropy
 
 
@@ -30,11 +32,17 @@ def next_token_loss(
 
     Returns:
         The loss in nats, without axes, float32 or float64.
+
+    Raises:
+        ValueError: If there are not as many labels as logits, or (on a CPU, outside of compiled graphs) one of them is
+            not in the vocabulary.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
+    targets = _targets(labels, shift_labels, logits, ignore_index)
+    if targets.device.type == "cpu" and not is_tracing(targets):
+        counted = targets[targets != ignore_index]
+        if counted.numel():
+            check_vocabulary(counted, vocab_size)
     return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index)
 
 
@@ -63,10 +71,11 @@ def chunked_next_token_loss(
 
     Returns:
         The loss in nats, without axes, float32 or float64.
+
+    Raises:
+        ValueError: As `next_token_loss`.
     """
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(hidden_states.device)
+    targets = _targets(labels, shift_labels, hidden_states, ignore_index)
     total = linear_cross_entropy(
         hidden_states.flatten(0, 1),
         weight,
@@ -77,3 +86,17 @@ def chunked_next_token_loss(
     )
     n_tokens = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (n_tokens.to(total.device) if isinstance(n_tokens, Tensor) else n_tokens)
+
+
+def _targets(labels: Tensor, shift_labels: Tensor | None, predicting: Tensor, ignore_index: int) -> Tensor:
+    """What each place of ``predicting``, shape (B, L, ...), is to predict: ids, shape (B L,), on its device."""
+    given = labels if shift_labels is None else shift_labels
+    if given.shape != predicting.shape[:2]:
+        name = "labels" if shift_labels is None else "shift_labels"
+        raise ValueError(
+            f"{name} must have the shape (B, L) of what predicts them, {tuple(predicting.shape[:2])}, "
+            f"got {tuple(given.shape)}"
+        )
+    if shift_labels is None:
+        given = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return given.reshape(-1).to(predicting.device)
