@@ -23,7 +23,7 @@ from hippos.models.layout import TokenLayout
 from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
 from hippos.ops.gelu_mlp import gelu_mlp
 
-__all__ = ["run_fused_trunk", "takes_fused_trunk"]
+__all__ = ["run_fused_trunk", "run_mixer", "run_mlp", "takes_fused_trunk"]
 
 
 def takes_fused_trunk(blocks: Iterable[nn.Module], norm: nn.Module, stream: Tensor) -> bool:
@@ -54,22 +54,37 @@ def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: To
     Returns:
         Normalised hidden states, shape (B, L, D), dtype of ``stream``.
     """
-    device_type = stream.device.type
-    is_autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if is_autocast else stream.dtype
     update: Tensor | None = None
     update_bias: Tensor | None = None
     for block in blocks:
-        recomputes = block.recomputes_cheap_parts
-        kept = _add_norm(block.norm1, stream, update, update_bias, dtype)
-        with _made_again(kept) if recomputes else nullcontext():
-            update = _mix(block.mixer, kept.normed, layout)
-        kept = _add_norm(block.norm2, kept.total, update, None, dtype)
-        with _made_again(kept) if recomputes else nullcontext():
-            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            update = gelu_mlp(kept.normed, fc1.weight, fc1.bias, fc2.weight, recomputes=recomputes, impl="triton")
-        stream, update_bias = kept.total, fc2.bias
+        stream, update = run_mixer(block, stream, update, update_bias, layout)
+        stream, update = run_mlp(block, stream, update)
+        update_bias = block.mlp.fc2.bias
     return _add_norm(norm, stream, update, update_bias, stream.dtype).normed
+
+
+def run_mixer(
+    block: Any, stream: Tensor, update: Tensor | None, update_bias: Tensor | None, layout: TokenLayout
+) -> tuple[Tensor, Tensor]:
+    """Bring the stream up to date, and give it with what the block's mixer adds to it."""
+    kept = _add_norm(block.norm1, stream, update, update_bias, _product_dtype(stream))
+    with _made_again(kept) if block.recomputes_cheap_parts else nullcontext():
+        return kept.total, _mix(block.mixer, kept.normed, layout)
+
+
+def run_mlp(block: Any, stream: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the stream up to date, and give it with what the block's MLP adds to it, the last bias left out."""
+    recomputes = block.recomputes_cheap_parts
+    kept = _add_norm(block.norm2, stream, update, None, _product_dtype(stream))
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    with _made_again(kept) if recomputes else nullcontext():
+        return kept.total, gelu_mlp(kept.normed, fc1.weight, fc1.bias, fc2.weight, recomputes=recomputes, impl="triton")
+
+
+def _product_dtype(stream: Tensor) -> torch.dtype:
+    device_type = stream.device.type
+    is_autocast = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_autocast else stream.dtype
 
 
 def _add_norm(

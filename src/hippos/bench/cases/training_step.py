@@ -17,12 +17,15 @@ from hippos.bench.cases.language_models import BUILDERS
 from hippos.bench.harness import Clock, Context, Finding, Goal, Method, Workload
 from hippos.bench.harness.case import Samples
 from hippos.layers import param_groups
+from hippos.models.fused_trunk import run_mixer, run_mlp, takes_fused_trunk
+from hippos.models.layout import TokenLayout
 from hippos.ops import linear_cross_entropy
 from hippos.train.arguments import recompute_cheap_parts
 from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.flops import peak_flops, training_flops_per_token
 from hippos.train.step_graph import GraphedPasses
 
+Part = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 STEP, PASSES, OPTIMISER, PART = "step", "forward + backward", "optimiser", "forward + backward of the part"
 CHECKED_TOKENS = 128
 CHUNK_TOKENS = 4096
@@ -38,7 +41,7 @@ class StepSize:
         models: Name in tables to (kind in `BUILDERS`, fields of its configuration).
         baseline: The model that the others are compared with; None for none.
         goals: Name of a model to how often the baseline's tokens/s it should reach.
-        is_compiled: Whether the models' blocks go through torch.compile.
+        compiled: Names of models whose blocks go through torch.compile.
         is_captured: Whether, on a GPU, forward and backward passes are replayed from a CUDA graph.
         frugal: Names of models that make norms and GELUs of their MLPs again in the backward pass.
         has_parts: Whether to time mixers, MLPs and loss of each model on their own too.
@@ -49,7 +52,7 @@ class StepSize:
     baseline: str | None = None
     n_tokens: int = 32768
     goals: Mapping[str, float] = field(default_factory=dict, hash=False)
-    is_compiled: bool = True
+    compiled: tuple[str, ...] = ()
     is_captured: bool = True
     frugal: tuple[str, ...] = ()
     has_parts: bool = True
@@ -63,24 +66,27 @@ class _Training:
         size: Of the step.
         context: Where it runs.
         is_frugal: Whether norms and GELUs are made again in the backward pass.
+        is_compiled: Whether blocks go through torch.compile.
     """
 
-    def __init__(self, model: Any, size: StepSize, context: Context, *, is_frugal: bool = False) -> None:
+    def __init__(
+        self, model: Any, size: StepSize, context: Context, *, is_frugal: bool = False, is_compiled: bool = False
+    ) -> None:
         self.device = context.device
         before = self._allocated()
         self.model = model.to(context.device).train()
         shape = (size.n_tokens // size.seqlen, size.seqlen + 1)
         generator = context.generator()
         self.ids = torch.randint(model.config.vocab_size, shape, generator=generator, device=context.device)
-        self.trunk: nn.Module = model.model if hasattr(model, "model") else model.transformer
+        self.trunk: Any = model.model if hasattr(model, "model") else model.transformer
         if is_frugal:
             recompute_cheap_parts(model)
-        if size.is_compiled:
+        if is_compiled:
             compile_blocks(model)
         groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
         self.optimiser = torch.optim.AdamW(groups, fused=context.device.type in ("cpu", "cuda"))
         self.blocks = list(getattr(self.trunk, "layers", None) or self.trunk.h)
-        self.is_compiled = size.is_compiled
+        self.is_compiled = is_compiled
         self._graph: GraphedPasses | None = None
         self.step()
         self.step()
@@ -176,31 +182,44 @@ class _Training:
 
     def parts(self) -> dict[str, Method]:
         """Methods that run one kind of part alone, as often as the model has it."""
-        hidden = torch.randn(
+        stream = torch.randn(
             self.ids.shape[0], self.ids.shape[1] - 1, self.model.config.hidden_size, device=self.device
         )
-        # Called with blocks, and not made for each of them, one graph serves all blocks of a kind.
-        add: Any = torch.compile(_add_part, dynamic=False) if self.is_compiled else _add_part
-        works: dict[str, list[Callable[[Tensor], Tensor]]] = {
+        add: Any = _add_part
+        if self.is_compiled:
+            # Called with blocks, and not made for each of them, one graph serves all blocks of a kind.
+            add = torch.compile(_add_part, dynamic=False)
+        elif hasattr(self.trunk, "norm") and takes_fused_trunk(self.blocks, self.trunk.norm, stream):
+            add = _run_fused_part
+        works: dict[str, list[Part]] = {
             "mixing": [partial(add, _MIXERS, block) for block in self.blocks],
             "MLP": [partial(add, _MLPS, block) for block in self.blocks],
-            "loss": [lambda x: self.loss_of(x, self.ids[:, 1:])],
+            "loss": [lambda x, _: (self.loss_of(x, self.ids[:, 1:]),)],
         }
-        return {name: self._part(hidden, functions) for name, functions in works.items()}
+        return {name: self._part(stream, functions) for name, functions in works.items()}
 
-    def _part(self, hidden: Tensor, functions: list[Callable[[Tensor], Tensor]]) -> Method:
+    def _part(self, stream: Tensor, functions: list[Part]) -> Method:
+        douts: dict[Any, Tensor] = {}
+
+        def ones(y: Tensor) -> Tensor:
+            kind = (y.shape, y.dtype)
+            if kind not in douts:  # made before a graph is captured, for it to read
+                douts[kind] = torch.ones_like(y)
+            return douts[kind]
+
         def run(inputs: dict[str, Tensor]) -> Tensor:
             for function in functions:
-                x = inputs["hidden"].detach().requires_grad_()
+                x, update = (inputs[name].detach().requires_grad_() for name in ("stream", "update"))
                 with self.autocast():
-                    y = function(x)
-                y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
-            return y.detach()
+                    ys = function(x, update)
+                torch.autograd.backward(ys, [ones(y) for y in ys])
+            return ys[-1].detach()
 
-        work: Callable[[], object] = lambda: run({"hidden": hidden})  # noqa: E731
+        inputs = {"stream": stream, "update": stream.bfloat16()}
+        work: Callable[[], object] = lambda: run(inputs)  # noqa: E731
         if self._graph is not None:
-            graph = GraphedPasses(run, self.model.parameters(), {"hidden": hidden}, accumulates=False)
-            work = lambda: graph({"hidden": hidden}, adds=False)  # noqa: E731
+            graph = GraphedPasses(run, self.model.parameters(), inputs, accumulates=False)
+            work = lambda: graph(inputs, adds=False)  # noqa: E731
 
         def sample(clock: Clock) -> dict[str, float]:
             start = clock.start()
@@ -219,8 +238,8 @@ class _Training:
             hidden = trunk(ids[:, :-1], use_cache=False)[0]
             logits = (hidden @ self.model.lm_head.weight.double().t())[..., : self.model.config.vocab_size]
             wanted = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            with self.autocast():
-                found = self.loss(ids)
+        with without_compilation(), self.autocast():
+            found = self.loss(ids).detach()  # with gradients to come, as in training
         return float((found.double() - wanted).abs() / wanted)
 
 
@@ -242,7 +261,7 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
     methods: dict[str, Method] = {name: training.sample for name, training in trainings.items()}
     if size.has_parts:
         for name, training in trainings.items():
-            if name not in size.frugal:
+            if name == size.baseline or name not in (*size.frugal, *size.compiled):
                 methods |= {f"{name}: {part}": method for part, method in training.parts().items()}
     return Workload(
         methods=methods,
@@ -254,7 +273,7 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
         findings=lambda samples: _findings(size, trainings, samples),
         notes={
             "settings": "bfloat16 autocast, float32 weights, fused AdamW, no dropout, random tokens and weights",
-            "compiled": "each block by torch.compile, in all models" if size.is_compiled else "nothing",
+            "compiled": f"each block by torch.compile: {', '.join(size.compiled) or 'nothing'}",
             "loss": f"linear_cross_entropy in chunks of {CHUNK_TOKENS} tokens in all models",
             "passes": "replayed from one CUDA graph, in all models" if size.is_captured else "launched by the host",
             "parts": "with the norm before and the sum after; embedding and last norm are missing in their sum",
@@ -311,9 +330,15 @@ _MIXERS = (("norm1", "mixer"), ("ln_1", "attn"))
 _MLPS = (("norm2", "mlp"), ("ln_2", "mlp"))
 
 
-def _add_part(names: tuple[tuple[str, str], ...], block: Any, x: Tensor) -> Tensor:
+def _add_part(names: tuple[tuple[str, str], ...], block: Any, x: Tensor, _: Tensor) -> tuple[Tensor]:
     """What a norm and the module behind it add to the stream, and the stream."""
     norm, module = next((getattr(block, a), getattr(block, b)) for a, b in names if hasattr(block, a))
     y = module(norm(x))
-    result: Tensor = x + (y[0] if isinstance(y, tuple) else y)
-    return result
+    return (x + (y[0] if isinstance(y, tuple) else y),)
+
+
+def _run_fused_part(names: tuple[tuple[str, str], ...], block: Any, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of an H3 model whose sums and norms are one kernel: what is added is added by the next part."""
+    if names is _MLPS:
+        return run_mlp(block, x, update)
+    return run_mixer(block, x, update, None, TokenLayout(None, None, None, None))
