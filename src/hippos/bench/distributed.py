@@ -36,13 +36,13 @@ SUITE = Suite(
         _case(
             "ddp_scaling",
             "DDP of the 125M hybrid, 32,768 tokens a GPU and step",
-            ScalingSize("ddp", {"preset": "125m"}, seqlen=2048, batch=16, bound=1.9),
+            ScalingSize("ddp", {"preset": "125m"}, seqlen=2048, batch=16, bound=1.9, is_captured=True, steps=16),
             _quick("ddp", 1.9),
         ),
         _case(
             "fsdp_scaling",
             "FSDP2 of the 1.3B hybrid, 32,768 tokens a GPU and step",
-            ScalingSize("fsdp", {"preset": "1.3b"}, seqlen=2048, batch=16, bound=1.8, steps=2),
+            ScalingSize("fsdp", {"preset": "1.3b"}, seqlen=2048, batch=16, bound=1.8, steps=4),
             _quick("fsdp", 1.8),
         ),
         _case(

@@ -66,6 +66,11 @@ class Processes:
         """Whether there is no other process."""
         return self.world_size == 1
 
+    @property
+    def share_a_machine(self) -> bool:
+        """Whether torchrun has started all processes on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == self.world_size
+
     def lead(self, work: Callable[[], Result]) -> Result:
         """Let the main process work and give all processes its result, which must be picklable.
 

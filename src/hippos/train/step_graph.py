@@ -111,8 +111,8 @@ def uses_graph(config: TrainConfig, device: torch.device, processes: Processes) 
     why = config.why_no_graph()
     if device.type != "cuda":
         why = "this device: it needs a CUDA device"
-    elif not processes.is_alone:
-        why = "several processes"
+    elif not (processes.is_alone or (config.run.parallel == "ddp" and processes.share_a_machine)):
+        why = "several processes, unless they run DDP on one machine"
     if why is not None and config.run.cuda_graph:
         raise ConfigError(f"run.cuda_graph does not go with {why}")
     return why is None

@@ -45,6 +45,7 @@ from hippos.train.compilation import compile_blocks, without_compilation
 from hippos.train.config import TrainConfig
 from hippos.train.flops import peak_flops, training_flops_per_token
 from hippos.train.flow import LossWindow, StepClock, StepFlow
+from hippos.train.gradient_mean import GradientMean
 from hippos.train.memory import peak_memory_gib, too_large
 from hippos.train.metrics import MetricsLog
 from hippos.train.processes import Processes
@@ -118,6 +119,7 @@ class RunTrainer(CheckpointingTrainer):
         self._wants_stop = False
         self._saving_to: Path | None = None
         self._graph: GraphedPasses | None = None
+        self._mean: GradientMean | None = None
         self._reads_late = False
         self._numbers = StepNumbers()
         flow = StepFlow(
@@ -157,8 +159,10 @@ class RunTrainer(CheckpointingTrainer):
         self._reads_late = self.args.device.type == "cuda" and not is_sharded(model)
         if not processes.is_alone:
             seed_process(config.optim.seed, processes, first_step)
-        if is_sharded(model):
-            # Accelerate would wrap it in DDP and replace its parameters; like this it adds autocast and compilation.
+        if self._uses_graph and not processes.is_alone:
+            self._mean = GradientMean(model.parameters())
+        if is_sharded(model) or self._mean is not None:
+            # Accelerate would wrap it in DDP (and replace sharded parameters); like this it adds autocast alone.
             prepare = partial(self.accelerator.prepare_model, device_placement=False, evaluation_mode=True)
             self.accelerator.prepare_model = lambda model, *args, **kwargs: prepare(model)
 
@@ -244,6 +248,8 @@ class RunTrainer(CheckpointingTrainer):
         except torch.OutOfMemoryError as error:
             raise too_large(self.config, self.args.per_device_train_batch_size, self.args.device, self.run) from error
         self._step_loss = self._step_loss + loss
+        if self._mean is not None and self.accelerator.sync_gradients:
+            self._mean()
         return loss
 
     def _replay(self, model: nn.Module, inputs: dict[str, Tensor], passes: Callable[..., Tensor]) -> Tensor:

@@ -40,6 +40,7 @@ class ScalingSize:
         bound: For "ddp" and "fsdp" the least gain in tokens a second; for "context" the largest growth of the time, as
             the sequence grows by a part for each process.
         is_compiled: Whether the blocks go through torch.compile.
+        is_captured: Whether passes are replayed from a CUDA graph, as `hippos train` does; "ddp" alone, and on CUDA.
         checkpoints_activations: Whether activations are computed again in the backward pass.
         steps: Steps a sample, timed together.
     """
@@ -51,6 +52,7 @@ class ScalingSize:
     bound: float
     n_processes: int = 2
     is_compiled: bool = True
+    is_captured: bool = False
     checkpoints_activations: bool = False
     steps: int = 4
 
@@ -108,6 +110,7 @@ def prepare_scaling(size: ScalingSize, context: Context, *, rounds: int = 8) -> 
         findings=lambda samples: _findings(size, found, samples),
         notes={
             "settings": "bfloat16 products, float32 weights, fused AdamW, no dropout, random tokens and weights",
+            "passes": "from a CUDA graph" if size.is_captured else "launched by the host",
             "times": _what_times_mean(size),
             "error": "of the loss of the same sequences, together against alone",
         },

@@ -22,8 +22,10 @@ from hippos.layers import param_groups
 from hippos.models.context import ContextPart, split_context
 from hippos.train.arguments import checkpoint_activations
 from hippos.train.compilation import compile_blocks
+from hippos.train.gradient_mean import GradientMean
 from hippos.train.processes import Processes, leave_processes
 from hippos.train.sharding import shard_model
+from hippos.train.step_graph import GraphedPasses
 
 WARMUP_STEPS = 3
 CHECKED_TOKENS = 4096
@@ -77,12 +79,19 @@ class Training:
         self.run: Any = model
         if is_together and size.parallel == "fsdp":
             shard_model(model, device, dtype=torch.bfloat16)
-        elif is_together:
+        self.mean: GradientMean | None = None
+        self.graph: GraphedPasses | None = None
+        is_captured = size.is_captured and device.type == "cuda"
+        if is_together and is_captured:
+            self.mean = GradientMean(model.parameters())
+        elif is_together and size.parallel != "fsdp":
             ids = [device.index] if device.type == "cuda" else None
             self.run = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **DDP_OPTIONS)
         groups = [dict(group) for group in param_groups(model, 6e-4, 0.1)]
         self.optimiser = torch.optim.AdamW(groups, fused=True)
         self.ids = self._draw(size.seqlen * (processes.world_size if self.part else 1), size.batch)
+        if is_captured:
+            self.graph = GraphedPasses(self._passes, model.parameters(), {"ids": self.ids}, accumulates=False)
 
     def _draw(self, seqlen: int, batch: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(1)
@@ -112,9 +121,19 @@ class Training:
             loss = loss / self.processes.world_size
         return float(loss)
 
+    def _passes(self, inputs: dict[str, Tensor]) -> Tensor:
+        loss = self._loss(inputs["ids"])
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
     def step(self) -> None:
         """Forward, backward, update."""
-        self._loss(self.ids).backward()  # type: ignore[no-untyped-call]
+        if self.graph is not None:
+            self.graph({"ids": self.ids}, adds=False)
+        else:
+            self._passes({"ids": self.ids})
+        if self.mean is not None:
+            self.mean()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 

@@ -1,0 +1,96 @@
+"""Gradients averaged in one exchange: the mean, and runs whose passes no hook looks into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hippos.train import RunProgress, TrainConfig, apply_settings, train
+from hippos.train.gradient_mean import GradientMean
+from hippos.train.processes import Processes
+from hippos.train.step_graph import uses_graph
+from tests.train import workers
+from tests.train.test_processes import STILL, assert_same_run
+
+
+def exchange(out: Path) -> None:
+    """Average gradients of two processes, twice, the second time with fewer of them."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    shapes = [((3, 5), torch.float32), ((7,), torch.float64), ((2,), torch.float32)]
+    parameters = [nn.Parameter(torch.full(shape, float(rank + 1), dtype=dtype)) for shape, dtype in shapes]
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    mean = GradientMean([*parameters, frozen])
+    found: list[Any] = [[parameter.detach().clone() for parameter in parameters]]
+    for n_trained in (3, 2):
+        for place, parameter in enumerate(parameters):
+            gradient = torch.full_like(parameter, 10.0 * place + rank)
+            parameter.grad = gradient if place < n_trained else None
+        mean()
+        found.append([None if parameter.grad is None else parameter.grad.clone() for parameter in parameters])
+    if rank == 0:
+        torch.save(found, out)
+
+
+def test_all_processes_get_the_mean(tmp_path: Path) -> None:
+    workers.run_workers(2, exchange, tmp_path / "found.pt", log=tmp_path / "log")
+    weights, first, second = torch.load(tmp_path / "found.pt")
+    assert all(bool((weight == 1).all()) for weight in weights), "the first process's weights"
+    assert [float(gradient.mean()) for gradient in first] == [0.5, 10.5, 20.5]
+    assert [gradient.shape for gradient in first] == [(3, 5), (7,), (2,)]
+    assert [gradient.dtype for gradient in first] == [torch.float32, torch.float64, torch.float32]
+    assert [float(gradient.mean()) for gradient in second[:2]] == [0.5, 10.5]
+    assert second[2] is None
+
+
+class Passes:
+    """Stands for passes from a CUDA graph where there is none: run as they are."""
+
+    def __init__(
+        self,
+        passes: Callable[[dict[str, Tensor]], Tensor],
+        parameters: Iterable[nn.Parameter],
+        inputs: Mapping[str, Tensor],
+        *,
+        accumulates: bool,
+    ) -> None:
+        self.passes, self.parameters, self.gradients = passes, list(parameters), None
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, adds: bool) -> Tensor:
+        for place, parameter in enumerate(self.parameters):
+            parameter.grad = self.gradients[place] if adds and self.gradients is not None else None
+        loss = self.passes(dict(inputs))
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        return loss
+
+
+def train_from_a_graph(config: dict[str, Any], run: Path) -> None:
+    """Train as where passes come from a CUDA graph."""
+    from hippos.train import trainer
+
+    trainer.uses_graph = lambda *arguments: True
+    trainer.GraphedPasses = Passes
+    train(TrainConfig.from_dict(config), run, progress=RunProgress(is_quiet=True))
+
+
+@pytest.mark.parametrize("micro_batch_size", ["none", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_run_has_the_losses_of_one_process(tiny: TrainConfig, tmp_path: Path, micro_batch_size: str) -> None:
+    config = apply_settings(tiny, [*STILL, f"micro_batch_size={micro_batch_size}"])
+    workers.run_workers(2, train_from_a_graph, config.to_dict(), tmp_path / "two", log=tmp_path / "log")
+    train(config, tmp_path / "one", progress=RunProgress(is_quiet=True))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_processes_of_one_machine_take_graphs(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, two = torch.device("cuda"), Processes(0, 2)
+    assert not uses_graph(tiny, cuda, two)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert uses_graph(tiny, cuda, two)
+    assert not uses_graph(tiny, cuda, Processes(0, 4))
+    assert not uses_graph(apply_settings(tiny, ["parallel=fsdp"]), cuda, two)
