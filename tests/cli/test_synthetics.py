@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -77,3 +82,24 @@ def test_a_mistake_is_one_plain_line(run, tmp_path, arguments, line):
     assert done.stderr.startswith("hippos: error: ")
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_table_says_how_to_go_on(tmp_path, name):
+    """A signal to all processes, as Ctrl-C sends it, or to the command alone, as a scheduler does."""
+    command = [sys.executable, "-c", "from hippos.cli import main; main()", "synthetics", "--quick", "--jobs", "2"]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu", "--out", str(tmp_path / "table")],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not (tmp_path / "table" / "unfinished").exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    (os.killpg if name == "SIGINT" else os.kill)(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=60)  # ends with the last process that holds the other end
+    assert process.returncode == 130
+    (line,) = errors.strip().splitlines()
+    assert line == f"hippos: stopped: what is done lies in {tmp_path / 'table'}; the same command goes on from there"

@@ -19,6 +19,11 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
+def gain(C: Tensor, A: Tensor) -> float:
+    """Variance of 2 Re sum_m C_m / -A_m over channels."""
+    return float((2 * (C / A).abs().square()).sum(dim=-1).mean())
+
+
 def load(layer: nn.Module, tensors: dict[str, Tensor], prefix: str, names: dict[str, str]) -> None:
     """Fill the layer; names map our parameters to theirs."""
     layer.load_state_dict(
@@ -106,6 +111,22 @@ class TestStateSpacesRepository:
             assert relative_error(layer.get_parameter(ours).grad, tensors[f"s4d_min_layer/grad/{name}"]) < GRADIENT, (
                 ours
             )
+
+    def test_start(self, golden):
+        """What a constant input comes to has variance 1 in the public layer, as it was drawn, and in ours."""
+        tensors, _ = golden("safari_s4d_layer")
+        prefix = "default_nssm1/param/kernel.kernel."
+        A = torch.complex(-tensors[f"{prefix}log_w_real"].exp(), tensors[f"{prefix}w_imag"])
+        public = gain(torch.view_as_complex(tensors[f"{prefix}C"].contiguous())[0], A)
+        assert 0.5 < public < 2
+
+        def start(unit_gain: bool) -> float:
+            torch.manual_seed(0)
+            diag = S4D(512, d_state=16, n_ssm=1, init="diag-inv", unit_gain=unit_gain).diag
+            return gain(torch.view_as_complex(diag.C.detach()), torch.complex(-diag.A_real.exp(), diag.A_imag).detach())
+
+        assert start(True) == pytest.approx(1, abs=0.1)
+        assert start(False) > 5
 
     def test_block(self, golden):
         tensors, _ = golden("kernels_s4repo")

@@ -23,6 +23,8 @@ class S4D(ActivatedSSMLayer):
         init: Start of the frequencies: "diag-lin" (S4D-Lin), "diag-inv" (S4D-Inv), "diag-legs" (S4D-LegS) or "diag".
         real_type: How its raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid" or "none".
         has_B: Whether the input weights B are trained too; without, they are 1.
+        unit_gain: Whether the channels start with outputs of like size, whatever the frequencies, as the small public
+            S4D does, see `DiagonalSSM`.
         dt_min: Smallest initial step.
         dt_max: Largest initial step.
         glu: Whether a gated linear unit ends the layer, rather than a linear map alone.
@@ -52,6 +54,7 @@ class S4D(ActivatedSSMLayer):
         init: str = "diag-lin",
         real_type: str = "exp",
         has_B: bool = False,
+        unit_gain: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         glu: bool = False,
@@ -70,6 +73,7 @@ class S4D(ActivatedSSMLayer):
             init=init,
             real_type=real_type,
             has_B=has_B,
+            unit_gain=unit_gain,
             bidirectional=bidirectional,
             dt_min=dt_min,
             dt_max=dt_max,

@@ -60,6 +60,8 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         init: Start of A_imag: "diag-lin", "diag-inv", "diag-legs" or "diag", see `ssm_init`. The real part is -1/2.
         real_type: How A_real stands for -Re A: "exp", "relu", "softplus", "sigmoid" or "none".
         has_B: Whether B is a parameter; without it, B is 1 (C can stand for the product).
+        unit_gain: Start C as the product with input weights that all heads of one A share, so scaled that what a
+            constant input comes to has variance 1, whatever the frequencies. Without it, |C|^2 has mean 1.
         bidirectional: Give each head a second output, for a second input (the sequence in reverse) that goes through
             the same dynamics: C has 2H rows, and so have the operators. The second has no skip.
         dt_min: Smallest initial step.
@@ -95,6 +97,7 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         init: str = "diag-lin",
         real_type: str = "exp",
         has_B: bool = True,
+        unit_gain: bool = False,
         bidirectional: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
@@ -111,6 +114,7 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         self.n_heads, self.d_state, self.n_ssm = n_heads, d_state, n_ssm
         self.discretisation = cast(Literal["bilinear", "zoh"], discretisation)
         self.init, self.real_type, self.bidirectional = init, real_type, bidirectional
+        self.unit_gain = unit_gain
         self.dt_min, self.dt_max = dt_min, dt_max
 
         n_modes = d_state // 2
@@ -128,7 +132,7 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set A by ``init`` and B = 1; draw log_dt uniformly from its range, C and D from unit normal distributions."""
+        """Set A by ``init`` and B = 1; draw log_dt uniformly from its range, C and D from normal distributions."""
         if self.C.is_meta:
             return
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
@@ -138,7 +142,16 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
             self.B[..., 0] = 1
             self.B[..., 1] = 0
         self.C.normal_(std=math.sqrt(0.5))  # |C|^2 has mean 1
+        if self.unit_gain:
+            weights = torch.view_as_complex(self.C) * self._draw_unit_gain().repeat(len(self.C) // self.n_ssm, 1)
+            self.C.copy_(torch.view_as_real(weights))
         self.D.normal_()
+
+    def _draw_unit_gain(self) -> Tensor:
+        """Draw complex input weights B, (S, M), with 2 sum_m |B_m / A_m|^2 = 1: a constant input comes to C B / -A."""
+        A = torch.complex(-REAL_TYPES[self.real_type].decay(self.A_real), self.A_imag)
+        weights = torch.view_as_complex(torch.empty_like(self.C[: self.n_ssm]).normal_())
+        return weights / (2 * (weights / A).abs().square().sum(dim=-1, keepdim=True)).sqrt()
 
     def forward(self) -> DiagonalOperators:
         """Discretise, and give log Abar, Bbar, C, each of shape (H, M, 2), with the skip weights, shape (H,)."""

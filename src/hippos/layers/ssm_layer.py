@@ -239,7 +239,7 @@ class ActivatedSSMLayer(SSMLayer):
         return u
 
     def _leave(self, y: Tensor, u: Tensor) -> Tensor:
-        # The projection would copy it into this order: before the GELU, that and its gradient go through memory in order.
+        # The projection would copy it into this order; before the GELU, that and its gradient read memory in order too.
         out = project_tokens(self.out_proj, F.gelu(y.contiguous()))
         return F.glu(out, dim=-1) if self.glu else out
 

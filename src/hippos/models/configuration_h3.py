@@ -36,8 +36,9 @@ class H3Config(PreTrainedConfig):
         intermediate_size: Inner width of the MLP. None: 4 D.
         layer_types: For each layer "linear_attention" (the SSM mixer) or "full_attention". None: no attention.
         mixer: The SSM layer: "h3", "s4d", "s4", "dss" or "gss". A field that it does not have keeps its default.
-        mixer_options: More arguments of that layer. H3: ``shift``, ``has_gates``; S4D: ``has_B``, ``glu``; S4: ``glu``;
-            DSS: ``form``, ``l_max``, ``glu``; GSS: ``n_heads``, ``d_gate``, ``is_imag_exp``. See the layers.
+        mixer_options: More arguments of that layer. H3: ``shift``, ``has_gates``; S4D: ``has_B``, ``unit_gain``,
+            ``glu``; S4: ``glu``; DSS: ``form``, ``l_max``, ``glu``; GSS: ``n_heads``, ``d_gate``, ``is_imag_exp``. See
+            the layers.
         state_size: SSM state of one channel, N, even: N / 2 complex modes, and N taps of the shift SSM.
         head_dim: Width of one H3 head, P; divides D.
         n_ssm: Different SSMs, shared by the D / P heads; divides their number. None: one a head, in DSS one for all.

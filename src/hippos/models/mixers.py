@@ -66,7 +66,7 @@ MIXERS: Mapping[str, Mixer] = MappingProxyType(
                 "ssm_init": _default("diag-lin", INITS),
                 "real_type": tuple(REAL_TYPES),
             },
-            ("has_B", "glu"),
+            ("has_B", "unit_gain", "glu"),
         ),
         "s4": Mixer(S4, {**_COMMON, **_STEPS}, {"ssm_init": DPLR_INITS}, ("glu",)),
         "dss": Mixer(

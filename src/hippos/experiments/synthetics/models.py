@@ -53,8 +53,10 @@ QUICK_SIZE = ModelSize(embedding_dropout=0.0, attention_dropout=0.0)
 
 MIXERS: Mapping[str, TableMixer] = {
     "h3": TableMixer("H3", {}),
-    # As the published comparison has it: one state matrix for all channels, S4D-Inv.
-    "s4d": TableMixer("S4D", {"mixer": "s4d", "ssm_init": "diag-inv", "n_ssm": 1}),
+    # As the published comparison has it: S4D-Inv, one state matrix for all channels, outputs scaled at the start.
+    "s4d": TableMixer(
+        "S4D", {"mixer": "s4d", "ssm_init": "diag-inv", "n_ssm": 1, "mixer_options": {"unit_gain": True}}
+    ),
     "gss": TableMixer("GSS", {"mixer": "gss"}),
     "attention": TableMixer("attention", {}, attention="all"),
     "s4": TableMixer("S4", {"mixer": "s4"}),

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import torch
 
-from hippos.bench.harness.machine import available_cores, describe_machine
+from hippos.bench.harness.machine import available_cores
 from hippos.errors import ConfigError
 from hippos.experiments.synthetics.models import MIXERS, PUBLISHED, QUICK_SIZE, ModelSize, find_mixer
 from hippos.experiments.synthetics.recipes import (
@@ -29,18 +24,9 @@ from hippos.experiments.synthetics.recipes import (
     with_training,
 )
 from hippos.experiments.synthetics.recipes import PUBLISHED as PUBLISHED_TASKS
-from hippos.experiments.synthetics.training import CellTraining
-from hippos.train.checkpoints import write_atomically
+from hippos.experiments.synthetics.running import CELLS_FOLDER, FORMAT, UNFINISHED_FOLDER, Progress, run_cells
 
 __all__ = ["Cell", "Progress", "Study", "make_study", "read_results", "run_study"]
-
-CELLS_FOLDER = "cells"
-UNFINISHED_FOLDER = "unfinished"
-_FORMAT = 1
-_POLL_S = 0.2
-
-Progress = Callable[[str, int], None]
-"""Told a cell's name and how many of its steps are done."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +170,7 @@ def run_study(
 
     Raises:
         ConfigError: If the folder holds results of other settings, or the device is unknown.
+        KeyboardInterrupt: On Ctrl-C and on SIGTERM; the next call goes on.
     """
     place = _find_device(device)
     done = check_folder(study, out)
@@ -193,15 +180,7 @@ def run_study(
         report(name, -1)
     if missing:
         (out / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
-    if place.type == "cuda":
-        _run_side_by_side(missing, out, place, report)
-    else:
-        n_jobs = min(jobs or available_cores(), len(missing))
-        if n_jobs > 1:
-            _run_in_processes(missing, out, n_jobs, report)
-        else:
-            for cell in missing:
-                _exhaust(_compute(cell, out, place), cell.name, report)
+    run_cells(missing, out, place, jobs or available_cores(), report)
     with suppress(OSError):  # it is not there, or another table's cells are in it
         (out / UNFINISHED_FOLDER).rmdir()
     return check_folder(study, out)
@@ -256,96 +235,9 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     for path in sorted((out / CELLS_FOLDER).glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["format"] != _FORMAT or not {"settings", "seeds", "curve"} <= set(result):
+            if result["format"] != FORMAT or not {"settings", "seeds", "curve"} <= set(result):
                 raise ValueError(f"format {result['format']!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no result of this version: {error}; remove it to compute it again") from error
         results[path.stem] = result
     return results
-
-
-def _compute(cell: Cell, out: Path, device: torch.device) -> Iterator[int]:
-    """Compute a cell and write its file, giving the steps done; on a CPU go on from the last test before a stop."""
-    training = CellTraining(cell.mixer, cell.task, cell.seeds, cell.size, device)
-    unfinished = out / UNFINISHED_FOLDER / f"{cell.name}.pt"
-    if device.type == "cpu":
-        _go_on(training, cell, unfinished)
-        yield from training.advance(lambda: _save(training, cell, unfinished))
-    else:
-        yield from training.advance()
-    content = {
-        "format": _FORMAT,
-        "mixer": cell.mixer,
-        "task": cell.task.name,
-        "settings": cell.settings(),
-        "machine": asdict(describe_machine(device)),
-        **training.result(),
-    }
-    write_atomically(out / CELLS_FOLDER / f"{cell.name}.json", json.dumps(content) + "\n")
-    unfinished.unlink(missing_ok=True)
-
-
-def _save(training: CellTraining, cell: Cell, file: Path) -> None:
-    """Keep where a cell's training stands, by one rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".tmp")
-    torch.save({"format": _FORMAT, "settings": json.dumps(cell.settings()), **training.state()}, aside)
-    aside.replace(file)
-
-
-def _go_on(training: CellTraining, cell: Cell, file: Path) -> None:
-    """Load where a cell's training stood; what other settings or a damaged file left begins anew."""
-    if not file.is_file():
-        return
-    try:
-        state = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        return
-    if state.get("format") == _FORMAT and state.get("settings") == json.dumps(cell.settings()):
-        training.load_state(state)
-
-
-def _exhaust(steps: Iterator[int], name: str, report: Progress) -> None:
-    for done in steps:
-        report(name, done)
-    report(name, -1)
-
-
-def _run_side_by_side(cells: Sequence[Cell], out: Path, device: torch.device, report: Progress) -> None:
-    """Turn from cell to cell, each of which leaves the device with work until its next test."""
-    # Read when the device is first used: by default eight streams are truly side by side.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    running = {cell.name: _compute(cell, out, device) for cell in cells}
-    while running:
-        for name, steps in list(running.items()):
-            done = next(steps, None)
-            report(name, -1 if done is None else done)
-            if done is None:
-                del running[name]
-
-
-def _run_in_processes(cells: Sequence[Cell], out: Path, n_jobs: int, report: Progress) -> None:
-    context = get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(n_jobs, mp_context=context) as pool:
-        queue = manager.Queue()
-        n_threads = max(1, available_cores() // n_jobs)
-        futures = [pool.submit(_work, cell, out, n_threads, queue) for cell in cells]
-        try:
-            while not all(future.done() for future in futures) or not queue.empty():
-                try:
-                    report(*queue.get(timeout=_POLL_S))
-                except Empty:
-                    continue
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in context.active_children() if hasattr(context, "active_children") else ():
-                process.terminate()
-            raise
-
-
-def _work(cell: Cell, out: Path, n_threads: int, queue: Any) -> None:
-    """Compute one cell in a process of its own."""
-    torch.set_num_threads(n_threads)
-    _exhaust(_compute(cell, out, torch.device("cpu")), cell.name, lambda name, steps: queue.put((name, steps)))
