@@ -122,6 +122,31 @@ class TestGpu:
         assert all(torch.equal(found[name], again[name]) for name in found)
         assert_accurate(inputs, found, run(inputs, "torch", dtype=torch.float64, with_state=False))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("batch", "n_heads", "seqlen", "n_modes"),
+        [(3, 96, 1024, 32), (1, 200, 2048, 17), (5, 100, 320, 32), (1, 192, 64, 32), (7, 200, 4160, 20)],
+    )
+    def test_tiles_that_are_not_full(self, batch, n_heads, seqlen, n_modes, dtype):
+        inputs = make_inputs(batch, n_heads, seqlen, n_modes, dtype, "cuda", absent=("initial_state",))
+        found = run(inputs, "triton", with_state=False)
+        again = run(inputs, "triton", with_state=False)
+        assert all(torch.equal(found[name], again[name]) for name in found)
+        assert_accurate(inputs, found, run(inputs, "torch", dtype=torch.float64, with_state=False))
+
+    @pytest.mark.parametrize(
+        ("batch", "n_heads", "seqlen"), [(3, 100, 1024), (1, 200, 2048), (1, 200, 8192), (16, 96, 512), (4, 60, 8256)]
+    )
+    def test_final_states(self, batch, n_heads, seqlen):
+        inputs = make_inputs(batch, n_heads, seqlen, 32, torch.bfloat16, "cuda")
+        options = {"in_gate": inputs.in_gate, "out_gate": inputs.out_gate, "return_state": True}
+        found = ssm_conv(*inputs[:5], initial_state=inputs.initial_state, **options, impl="triton")
+        exact = Inputs(*(x.double() for x in inputs))
+        options |= {"in_gate": exact.in_gate, "out_gate": exact.out_gate}
+        wanted = ssm_conv(*exact[:5], initial_state=exact.initial_state, **options, impl="torch")
+        for got, want in zip(found, wanted, strict=True):
+            assert relative_error(got, want) < 2 * ROUNDING[torch.bfloat16]
+
     def test_full_tiles_between_states(self):
         inputs = make_inputs(16, 96, 512, 20, torch.bfloat16, "cuda")
         assert_accurate(inputs, run(inputs, "triton"), run(inputs, "torch", dtype=torch.float64))

@@ -43,6 +43,18 @@ def half_layout(num_warps):
     )
 
 
+@gluon.constexpr_function
+def warp_layout(num_warps):
+    """Of states between warps, (4, 32): each lane has a mode of its warp."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[],
+        lane_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [0, 16] if num_warps == 4 else [0, 0]],
+        warp_bases=[[1, 0], [2, 0], [0, 16]][: 2 if num_warps == 4 else 3],
+        block_bases=[],
+        shape=[4, 32],
+    )
+
+
 @gluon.jit
 def half_warp():
     """The warp of each thread's rows, (4, 1, 1)."""
@@ -140,24 +152,28 @@ def _first(left, right):
 
 @gluon.jit
 def _add_of_warp(totals, PLACE: gl.constexpr, RUN: gl.constexpr):
-    """What the warp at PLACE of each run adds, (1 or 4, 1, 32)."""
-    layout: gl.constexpr = gl.SliceLayout(1, half_layout(gl.num_warps()))
-    add = totals.slice(PLACE, 1).load(layout)[:, None, :]
+    """What the warp at PLACE of each run adds, (1 or 4, 32)."""
+    layout: gl.constexpr = warp_layout(gl.num_warps())
+    add = totals.slice(PLACE, 1).load(layout)
     if RUN == 32:
-        other = totals.slice(PLACE + 2, 1).load(layout)[:, None, :]
-        add = gl.where(half_warp() < 2, add, other)
+        warp = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))[:, None]
+        add = gl.where(warp < 2, add, totals.slice(PLACE + 2, 1).load(layout))
     return add
 
 
 @gluon.jit
 def _enter_warps(t_re, t_im, powers, carry_re, carry_im, totals, RUN: gl.constexpr, REVERSE: gl.constexpr):
     """As `_enter`, where t is what the 16 chunks of a warp add, in all lanes; through shared memory."""
-    a_re, a_im = _power(powers, 4, RUN, REVERSE)
     totals[0].store(gl.reduce(t_re, 1, _first))
     totals[1].store(gl.reduce(t_im, 1, _first))
     gl.thread_barrier()
     WARPS: gl.constexpr = RUN // 16
-    warp = half_warp()
+    layout: gl.constexpr = warp_layout(gl.num_warps())
+    warp = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))[:, None]
+    a_re = powers[0].index(4).load(gl.SliceLayout(0, layout))[None, :]
+    a_im = powers[1].index(4).load(gl.SliceLayout(0, layout))[None, :]
+    if REVERSE:
+        a_im = -a_im
     start_re, start_im = carry_re, carry_im
     for step in gl.static_range(WARPS):
         is_here = warp % WARPS == (WARPS - 1 - step if REVERSE else step)
@@ -165,7 +181,13 @@ def _enter_warps(t_re, t_im, powers, carry_re, carry_im, totals, RUN: gl.constex
         add_re = _add_of_warp(totals[0], WARPS - 1 - step if REVERSE else step, RUN)
         add_im = _add_of_warp(totals[1], WARPS - 1 - step if REVERSE else step, RUN)
         carry_re, carry_im = _advance(carry_re, carry_im, a_re, a_im, add_re, add_im)
-    return start_re, start_im, carry_re, carry_im
+    return _to_half(start_re), _to_half(start_im), carry_re, carry_im
+
+
+@gluon.jit
+def _to_half(state):
+    """A state between warps, (4, 32), for all lanes of a warp, (4, 1, 32)."""
+    return gl.convert_layout(state, gl.SliceLayout(1, half_layout(gl.num_warps())))[:, None, :]
 
 
 @gluon.jit
@@ -204,7 +226,7 @@ def pass_states(
     """The states before the first and the second chunk of every thread, in the order of the walk, and after the run.
 
     v are the chunks' own contributions, powers the decays from `keep_powers` (conjugate ones with REVERSE), carry the
-    state before the run; totals is shared memory, twice (4, 32), for runs longer than a warp's 16 chunks.
+    state before the run, as `no_carry` has it; totals is shared memory, for runs longer than a warp's 16 chunks.
     """
     a_re, a_im = _power(powers, 0, RUN, REVERSE)
     t_re, t_im = _advance(v0_re, v0_im, a_re, a_im, v1_re, v1_im)
@@ -221,6 +243,33 @@ def allocate_totals():
     re = gl.allocate_shared_memory(gl.float32, [4, 32], layout)
     im = gl.allocate_shared_memory(gl.float32, [4, 32], layout)
     return re, im
+
+
+@gluon.jit
+def no_carry(RUN: gl.constexpr):
+    """No state: where each thread has one of its piece, (4, 8, 32), or between warps, (4, 32)."""
+    if RUN <= 16:
+        return gl.zeros((4, 8, 32), gl.float32, half_layout(gl.num_warps()))
+    else:
+        return gl.zeros((4, 32), gl.float32, warp_layout(gl.num_warps()))
+
+
+@gluon.jit
+def carry_piece(RUN: gl.constexpr):
+    """The piece in the tile of each state as `no_carry` has it."""
+    if RUN <= 16:
+        return half_piece(RUN)
+    else:
+        return gl.arange(0, 4, layout=gl.SliceLayout(1, warp_layout(gl.num_warps())))[:, None] // (RUN // 16)
+
+
+@gluon.jit
+def carry_mode(RUN: gl.constexpr):
+    """The mode of each state as `no_carry` has it."""
+    if RUN <= 16:
+        return half_mode()[None, None, :]
+    else:
+        return gl.arange(0, 32, layout=gl.SliceLayout(0, warp_layout(gl.num_warps())))[None, :]
 
 
 @gluon.jit

@@ -19,11 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from hippos.ops.ssm_conv.kernels_hopper import (
     SHARED,
     allocate_totals,
+    carry_mode,
+    carry_piece,
     half_layout,
     half_mode,
-    half_piece,
     halves,
     mma_layout,
+    no_carry,
     pass_states,
     row_piece,
     row_step,
@@ -84,19 +86,18 @@ def _saved_words(
     saved_ptr, group, tile, batch, n_pieces, piece_len, n_saved, n_heads, channel,
     RUN: gl.constexpr, IS_CUT: gl.constexpr, IS_FULL: gl.constexpr,
 ):  # fmt: skip
-    """The state before each lane's piece of the tile, real and imaginary part in one 32-bit word, (4, 8, 32)."""
-    piece = group * (64 // RUN) + half_piece(RUN)
+    """The state before each piece's part of the tile, real and imaginary part in one 32-bit word, as `no_carry`."""
+    piece = group * (64 // RUN) + carry_piece(RUN)
     cell = tile * (RUN // 4)
     if IS_CUT:
         cell += piece % n_pieces * piece_len // 256
         piece = piece // n_pieces
     at = (piece.to(gl.int64) * n_heads + channel) * n_saved + cell
-    modes = half_mode()[None, None, :]
-    words = saved_ptr.to(gl.pointer_type(gl.int32)) + (at * 32 + modes)
+    words = saved_ptr.to(gl.pointer_type(gl.int32)) + (at * 32 + carry_mode(RUN))
     if IS_FULL:
         return gl.load(words)
     else:
-        return gl.load(words, mask=(piece < batch) & (modes >= 0), other=0)
+        return gl.load(words, mask=(piece < batch) & (carry_mode(RUN) >= 0), other=0)
 
 
 @gluon.jit(
@@ -161,11 +162,10 @@ def ssm_conv_bwd_hopper_kernel(
     toeplitz, into, outof = operators[0], operators[2], operators[4]
     totals = allocate_totals()
     adjoint_totals = allocate_totals()
-    modes = half_mode()[None, None, :]
     zeros = gl.zeros((64, 64), gl.float32, MMA)
     dtoeplitz, dinto, doutof = zeros, zeros, zeros
     none = gl.zeros((4, 8, 32), gl.float32, HALF)
-    ddecay_re, ddecay_im, carry_re, carry_im = none, none, none, none
+    ddecay_re, ddecay_im, carry_re, carry_im = none, none, no_carry(RUN), no_carry(RUN)
     words = _saved_words(
         saved_ptr, group, tile, batch, n_pieces, piece_len, n_saved, n_heads, channel, RUN, IS_CUT, IS_FULL
     )
@@ -226,9 +226,9 @@ def ssm_conv_bwd_hopper_kernel(
         state.store(states)
         # Backward in time: the states' gradients.
         if tile == n_tiles - 1:
-            piece = group * (64 // RUN) + half_piece(RUN)
-            later_at = later_ptr + ((piece.to(gl.int64) * n_heads + channel) * 64 + modes)
-            has_later = (piece < n_later) & (modes >= 0)
+            piece = group * (64 // RUN) + carry_piece(RUN)
+            later_at = later_ptr + ((piece.to(gl.int64) * n_heads + channel) * 64 + carry_mode(RUN))
+            has_later = (piece < n_later) & (carry_mode(RUN) >= 0)
             carry_re = gl.load(later_at, mask=has_later, other=0.0)
             carry_im = gl.load(later_at + 32, mask=has_later, other=0.0)
         w = hopper.warpgroup_mma_wait(1, deps=[w])

@@ -18,13 +18,15 @@ from hippos.ops.ssm_conv.kernels import exponent_to_half, two_to
 from hippos.ops.ssm_conv.kernels_hopper import (
     SHARED,
     allocate_totals,
+    carry_mode,
+    carry_piece,
     half_lane,
-    half_layout,
     half_mode,
     half_piece,
     half_warp,
     halves,
     mma_layout,
+    no_carry,
     pass_states,
     row_piece,
     row_step,
@@ -35,7 +37,6 @@ from hippos.ops.ssm_conv.kernels_hopper_operators import make_operators, read_op
 
 MMA = gl.constexpr(mma_layout(4))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
-HALF = gl.constexpr(half_layout(4))
 ROWS = gl.constexpr(rows_layout(4))
 
 
@@ -85,10 +86,8 @@ def _save(saved_ptr, re, im, group, begin, batch, n_heads, channel, n_saved, RUN
 
 
 @gluon.jit
-def _store_state(state_ptr, re, im, is_end, group, batch, n_heads, channel, RUN: gl.constexpr):
+def _store_state(state_ptr, re, im, is_end, sequence, mode, batch, n_heads, channel):
     """Store the final states of the sequences that end here."""
-    mode = half_mode()[None, None, :]
-    sequence = group * (64 // RUN) + half_piece(RUN)
     at = (sequence.to(gl.int64) * n_heads + channel) * 64 + mode * 2
     is_end = is_end & (sequence < batch) & (mode >= 0)
     gl.store(state_ptr + at, re, mask=is_end)
@@ -144,10 +143,9 @@ def ssm_conv_fwd_hopper_kernel(
         )
     toeplitz, toeplitz_rest, into, into_rest, outof, outof_rest = operators
     tap_exponent, into_exponent, outof_exponent = exponents
-    modes = half_mode()[None, None, :]
     totals = allocate_totals()
     zeros = gl.zeros((64, 64), gl.float32, MMA)
-    carry_re, carry_im = gl.zeros((4, 8, 32), gl.float32, HALF), gl.zeros((4, 8, 32), gl.float32, HALF)
+    carry_re, carry_im = no_carry(RUN), no_carry(RUN)
     hopper.fence_async_shared()
     for item in range(n_items):
         async_copy.wait_group(0)
@@ -170,9 +168,9 @@ def ssm_conv_fwd_hopper_kernel(
         # The states before the chunks.
         begin = tile * (RUN * 64)
         if tile == 0:
-            piece = group * SEQUENCES + half_piece(RUN)
-            initial_at = (piece.to(gl.int64) * n_heads + channel) * 64 + modes
-            has_initial = (piece < n_initial) & (modes >= 0)
+            piece = group * SEQUENCES + carry_piece(RUN)
+            initial_at = (piece.to(gl.int64) * n_heads + channel) * 64 + carry_mode(RUN)
+            has_initial = (piece < n_initial) & (carry_mode(RUN) >= 0)
             carry_re = gl.load(initial_ptr + initial_at, mask=has_initial, other=0.0)
             carry_im = gl.load(initial_ptr + (initial_at + 32), mask=has_initial, other=0.0)
         v = hopper.warpgroup_mma_wait(0, deps=[v])
@@ -185,10 +183,11 @@ def ssm_conv_fwd_hopper_kernel(
             _save(saved_ptr, s0_re, s0_im, group, begin, batch, n_heads, channel, n_saved, RUN)
         if WANTS_STATE:
             start = begin + row_step(half_warp() * 16 + half_lane(), RUN) * 64
-            _store_state(state_ptr, s0_re, s0_im, start == seqlen, group, batch, n_heads, channel, RUN)
-            _store_state(state_ptr, s1_re, s1_im, start + 64 == seqlen, group, batch, n_heads, channel, RUN)
-            is_end = (start >= 0) & (begin + RUN * 64 == seqlen)
-            _store_state(state_ptr, carry_re, carry_im, is_end, group, batch, n_heads, channel, RUN)
+            piece, mode = group * SEQUENCES + half_piece(RUN), half_mode()[None, None, :]
+            _store_state(state_ptr, s0_re, s0_im, start == seqlen, piece, mode, batch, n_heads, channel)
+            _store_state(state_ptr, s1_re, s1_im, start + 64 == seqlen, piece, mode, batch, n_heads, channel)
+            piece, is_end = group * SEQUENCES + carry_piece(RUN), begin + RUN * 64 == seqlen
+            _store_state(state_ptr, carry_re, carry_im, is_end, piece, carry_mode(RUN), batch, n_heads, channel)
         # One accumulator serves both products, so the states' scale stays within 2**16 of the samples' scale.
         most = x_exponent + tap_exponent - outof_exponent + 16
         states, state_exponent = _left(whole(s0_re, s0_im, s1_re, s1_im), most)
