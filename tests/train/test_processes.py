@@ -120,6 +120,20 @@ def test_sharded_models_make_cheap_parts_again(still: TrainConfig, alone: Path, 
     assert_same_run(tmp_path / "run", alone)
 
 
+def _train_with_weights_kept(config: dict[str, Any], run: Path) -> None:
+    """Train as on GPUs with much memory, sharded, without gathering weights again in the backward pass."""
+    from hippos.train import sharding
+
+    sharding._takes_little = lambda *arguments: True
+    workers.train_run(config, run)
+
+
+def test_gathered_weights_may_stay_until_the_backward_pass(still: TrainConfig, alone: Path, tmp_path: Path) -> None:
+    config = apply_settings(still, ["parallel=fsdp", "micro_batch_size=1"])
+    workers.run_workers(2, _train_with_weights_kept, config.to_dict(), tmp_path / "run", log=tmp_path / "log")
+    assert_same_run(tmp_path / "run", alone)
+
+
 def test_gradients_accumulate_over_micro_batches(still: TrainConfig, alone: Path, tmp_path: Path) -> None:
     config = apply_settings(still, ["micro_batch_size=1", "activation_checkpointing=yes"])
     workers.train_together(config, tmp_path / "run", world_size=2)
