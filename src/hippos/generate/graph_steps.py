@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -87,9 +89,21 @@ class GraphSteps:
                 self._step()
         torch.cuda.current_stream(self._tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _without_collecting(), torch.cuda.graph(graph):
             self._step()
         return graph
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Keep Python from collecting garbage: another generator's graph that is freed meanwhile ends a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Slot:

@@ -160,12 +160,13 @@ def _no_more_than(n_bytes: int, context: Context) -> Iterator[None]:
     if context.device.type != "cuda":
         yield
         return
-    total = torch.cuda.mem_get_info(context.device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(n_bytes / total, 1.0), context.device)
+    index = torch.cuda.current_device() if context.device.index is None else context.device.index
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(n_bytes / total, 1.0), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, context.device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def _replayed_step(model: Any, batch: int, position: int, context: Context, *, room: int | None = None) -> Method:

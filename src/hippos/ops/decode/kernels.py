@@ -1,7 +1,8 @@
 """Triton kernels of a decode step beside the recurrence.
 
 With OVERLAPS a kernel may be started while the one in front of it still runs (programmatic dependent launch): it waits
-before it touches what others write, and lets the next one start.
+before it touches what others write, and lets the next one start. Every kernel that does so waits before it writes, so
+that whoever has waited knows that all before it have ended.
 """
 
 import triton
@@ -43,6 +44,8 @@ def vector_linear_kernel(
     Up to three weights of N rows each, at offsets from the first. A program makes BLOCK_N outputs; with a norm, BLOCK_K
     covers K.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
     pid_n = tl.program_id(0) * BLOCK_N
     which = pid_n // N
     row = pid_n - which * N
@@ -57,7 +60,6 @@ def vector_linear_kernel(
     bias = tl.load(b_ptr + b_offset + offs_n).to(tl.float32)
     if OVERLAPS:
         gdc_wait()
-        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask = k + offs_k < K
@@ -158,6 +160,8 @@ def add_norm_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """X += sum of the parts + b in place, then u = LayerNorm(x); a program for each token."""
+    if OVERLAPS:
+        gdc_launch_dependents()  # which ask for their weights meanwhile
     pid_b = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     mask = offs_d < D
@@ -166,7 +170,6 @@ def add_norm_kernel(
     norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     if OVERLAPS:
         gdc_wait()
-        gdc_launch_dependents()
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if PARTS > 0:
         x += tl.load(b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)

@@ -19,6 +19,7 @@ from hippos.ops.decode.kernels import (
     rows_linear_kernel,
     vector_linear_kernel,
 )
+from hippos.ops.decode.launch_hopper import rows_linear_hopper, takes_hopper
 from hippos.ops.kernel_device import can_overlap_launches
 
 MOST_ROWS = 64
@@ -27,7 +28,7 @@ _MOST_SPLITS = 64
 _PROGRAMS_WANTED = 512
 _LOGITS_AT_ONCE = 1024
 _MOST_STAGES = 5
-_ROWS_OF_A_PROGRAM = 4  # of a weight that one token is multiplied by
+_WEIGHTS_OF_A_THREAD = 128  # that one token is multiplied by
 
 
 class LinearSchedule(NamedTuple):
@@ -72,7 +73,8 @@ def vector_linear(
     y = torch.empty(1, n_outputs, dtype=x.dtype, device=x.device) if add_to is None else add_to
     block_k = triton.next_power_of_2(n_inputs) if norm is not None else min(triton.next_power_of_2(n_inputs), 2048)
     norm_weight, norm_bias, eps = (x, x, 0.0) if norm is None else norm
-    vector_linear_kernel[(n_outputs // _ROWS_OF_A_PROGRAM,)](
+    block_n = max(4 * 32 * _WEIGHTS_OF_A_THREAD // max(block_k, 2048), 1)
+    vector_linear_kernel[(n_outputs // block_n,)](
         x,
         weights[0],
         biases[0],
@@ -87,9 +89,9 @@ def vector_linear(
         HAS_NORM=norm is not None,
         HAS_GELU=gelu,
         ADDS=add_to is not None,
-        BLOCK_N=_ROWS_OF_A_PROGRAM,
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=2 if block_k <= 2048 else 4,
+        num_warps=4,
         **_overlap(x),
     )
     return y
@@ -99,6 +101,8 @@ def rows_linear(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool, leaves_parts: bool
 ) -> Tensor:
     """Up to `MOST_ROWS` tokens: act(x W^T + b), shape (B, sum of rows); or float32 parts of x W^T, (parts, B, rows)."""
+    if takes_hopper(x, weights):
+        return rows_linear_hopper(x, weights, biases, _offsets(biases), gelu=gelu, leaves_parts=leaves_parts)
     batch, n_inputs = x.shape
     n_rows = weights[0].shape[0]
     n_outputs = n_rows * len(weights)

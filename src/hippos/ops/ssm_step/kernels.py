@@ -37,15 +37,21 @@ def h3_step_kernel(
     batch, d_model, n_modes, n_past,
     CHANNELS: tl.constexpr, SLOTS: tl.constexpr, MODES: tl.constexpr, SEQUENCES: tl.constexpr,
     HAS_PAST: tl.constexpr, IS_RING: tl.constexpr, IS_PAIRED: tl.constexpr, OVERLAPS: tl.constexpr,
+    READS_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Y = q * (2 Re C x + d kv), x = a x + b kv, kv = v * (sum of the window's keys times taps).
 
     A program owns CHANNELS channels of SEQUENCES sequences, one after the other, with the parameters in registers. The
     taps run oldest first, the newest one last. In a ring, slot s holds the key of the time t = s modulo n_past.
 
-    With OVERLAPS the kernel may be started while the one in front of it still runs (programmatic dependent launch):
-    states and parameters are read then already, q, k and v once that one has ended.
+    With OVERLAPS the kernel may be started while the one in front of it still runs (programmatic dependent launch), and
+    lets the next one start. With READS_AHEAD states and parameters are read then already, q, k and v once that one has
+    ended.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
+        if not READS_AHEAD:
+            gdc_wait()
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channels < d_model
     wide = channels.to(tl.int64)
@@ -66,7 +72,7 @@ def h3_step_kernel(
         shift_ptrs = shift_ptr + wide[None, :] * shift_stride_c + slots[:, None].to(tl.int64) * shift_stride_s
         window = tl.load(shift_ptrs + sequence * shift_stride_b, mask=is_key & (sequence < batch), other=0.0)
     q_ptr, k_ptr, v_ptr = q_ptr + wide * q_stride_c, k_ptr + wide * k_stride_c, v_ptr + wide * v_stride_c
-    if not OVERLAPS:
+    if not READS_AHEAD:
         key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
         value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
         query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)
@@ -84,9 +90,8 @@ def h3_step_kernel(
         places = tl.where(places < 0, places + n_past, places)
         at = wide[None, :] * taps_stride_c + places[:, None].to(tl.int64) * taps_stride_n
         taps = _load(taps_ptr + at, is_key)  # (SLOTS, CHANNELS)
-    if OVERLAPS:
+    if READS_AHEAD:
         gdc_wait()
-        gdc_launch_dependents()
         key = tl.load(k_ptr + sequence * k_stride_b, mask=is_here, other=0.0)
         value = tl.load(v_ptr + sequence * v_stride_b, mask=is_here, other=0.0)
         query = tl.load(q_ptr + sequence * q_stride_b, mask=is_here, other=0.0)

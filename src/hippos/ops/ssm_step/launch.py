@@ -92,12 +92,16 @@ def h3_step_launch(
         CHANNELS=schedule.channels, SLOTS=triton.next_power_of_2(max(n_past, 1)),
         MODES=triton.next_power_of_2(n_modes), SEQUENCES=schedule.sequences,
         HAS_PAST=n_past > 0, IS_RING=is_ring, IS_PAIRED=diag.stride()[2:] == (2, 1),
-        num_warps=schedule.num_warps, maxnreg=schedule.max_registers, **_overlap(q, may_overlap and batch < 16),
+        num_warps=schedule.num_warps, maxnreg=schedule.max_registers, **_overlap(q, may_overlap, batch),
     )  # fmt: skip
     return y
 
 
-def _overlap(q: Tensor, is_wanted: bool) -> dict[str, Any]:
-    """Arguments of a launch that may overlap with the one before, where the GPU can (Hopper and newer)."""
-    can = is_wanted and can_overlap_launches(q.device)
-    return {"OVERLAPS": True, "launch_pdl": True} if can else {"OVERLAPS": False}
+def _overlap(q: Tensor, is_wanted: bool, batch: int) -> dict[str, Any]:
+    """Arguments of a launch that may overlap with the one before, where the GPU can (Hopper and newer).
+
+    Programs of many sequences would keep the product in front from its registers if they read ahead.
+    """
+    if not (is_wanted and can_overlap_launches(q.device)):
+        return {"OVERLAPS": False, "READS_AHEAD": False}
+    return {"OVERLAPS": True, "READS_AHEAD": batch < 16, "launch_pdl": True}
