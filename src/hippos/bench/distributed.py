@@ -42,7 +42,7 @@ SUITE = Suite(
         _case(
             "fsdp_scaling",
             "FSDP2 of the 1.3B hybrid, 32,768 tokens a GPU and step",
-            ScalingSize("fsdp", {"preset": "1.3b"}, seqlen=2048, batch=16, bound=1.8, steps=4),
+            ScalingSize("fsdp", {"preset": "1.3b"}, seqlen=2048, batch=16, bound=1.8, steps=2),
             _quick("fsdp", 1.8),
         ),
         _case(
