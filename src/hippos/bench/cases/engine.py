@@ -101,6 +101,7 @@ def draw_rates(axes: Any, case: CaseResult) -> None:
     methods = list(dict.fromkeys(row.method for size in case.sizes for row in size.rows))
     for method in methods:
         points = [(size.size, row) for size in case.sizes for row in size.rows if row.method == method]
+        points.sort(key=lambda point: point[0][axis])
         places = [size[axis] for size, _ in points]
         work = [size["batch"] * size["new_tokens"] for size, _ in points]
         line = axes.plot(

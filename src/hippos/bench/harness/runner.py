@@ -71,6 +71,7 @@ def run_suite(
             try:
                 results.append(_run_case(case, context, tracker, rounds, lambda running: on_size(so_far(running))))
             except Exception as error:  # the other cases have a right to be measured
+                tracker.say(f"{case.name} failed: {error}")
                 failure = failure or error
     if failure is not None:
         raise failure
