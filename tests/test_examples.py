@@ -15,6 +15,7 @@ SMALL = r"[0-9.]+e-0[5-9]|0\.0e\+00"
 PROMISES = {
     "byte_model": r"A hippo sleeps in the river by day, and walks ashore",
     "h3_layer": rf"in pieces: +largest difference ({SMALL})\none by one: largest difference ({SMALL})\n",
+    "own_mixer": r"the same True\n",
     "long_text": rf"differ by at most ({SMALL})\n",
 }
 

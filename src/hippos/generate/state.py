@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hippos.layers import H3
+from hippos.layers import H3, SSMLayer
 from hippos.models.attention import CachedSelfAttention
 from hippos.ops import H3State
 
@@ -246,7 +246,9 @@ def n_bytes_of_row(model: Any, *, context: int) -> int:
             n_keys = 0 if mixer.shift is None else mixer.d_state - 1
             total += config.hidden_size * n_keys * width
             total += config.hidden_size * mixer.head_dim * mixer.d_state * mixer.diag.D.dtype.itemsize
-        else:
+        elif isinstance(mixer, SSMLayer):
             n_channels, n_modes = mixer._state_sizes
             total += n_channels * n_modes * 2 * next(mixer.ssm.parameters()).dtype.itemsize
+        else:
+            total += mixer.init_state(1).nbytes
     return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hippos.models.configuration_h3 import H3Config
+from hippos.models.mixers import register_mixer
 from hippos.models.presets import PRESETS
 from hippos.models.registration import load_models, register_deferred
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from hippos.models.modeling_h3 import H3ForCausalLM, H3Model
     from hippos.models.pretrained_h3 import H3PreTrainedModel
 
-__all__ = ["PRESETS", "H3Config", "H3ForCausalLM", "H3Model", "H3PreTrainedModel"]
+__all__ = ["PRESETS", "H3Config", "H3ForCausalLM", "H3Model", "H3PreTrainedModel", "register_mixer"]
 
 register_deferred()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from hippos.errors import ConfigError
 from hippos.layers import DSS, GSS, H3, S4, S4D, SSMLayer
@@ -24,13 +25,13 @@ class Mixer(NamedTuple):
     """One kind of SSM layer.
 
     Attributes:
-        layer: The layer's class.
+        layer: The layer's class: `H3`, an `SSMLayer`, or what `register_mixer` was given.
         fields: Fields of `H3Config` that it takes, and the argument that each becomes. None is not passed on.
         choices: The words that a field may have; the first is its default.
         options: Arguments that ``mixer_options`` may give.
     """
 
-    layer: type[H3] | type[SSMLayer]
+    layer: Callable[..., H3 | SSMLayer]
     fields: Mapping[str, str]
     choices: Mapping[str, tuple[str, ...]]
     options: tuple[str, ...]
@@ -85,11 +86,39 @@ MIXERS: Mapping[str, Mixer] = MappingProxyType(
 )
 """Name -> layer. Their bidirectional forms are not for models that predict the next token."""
 
+_REGISTERED: dict[str, Mixer] = {}
+
 _MODEL_FIELDS = ("layer_norm_eps",)  # belong to the whole model, whatever its mixer
 MIXER_FIELDS = tuple(
     dict.fromkeys(field for mixer in MIXERS.values() for field in mixer.fields if field not in _MODEL_FIELDS)
 )
 """Fields of `H3Config` that only say something about mixers."""
+
+
+def register_mixer(name: str, layer: Callable[..., nn.Module], *, options: Iterable[str] = ()) -> None:
+    """Let models be made of a layer of your own: ``H3Config(mixer=name)``.
+
+    A model of this mixer is saved, loaded, cached, generated from and trained as the others are; whoever loads it has
+    to register the mixer first. A name that was registered before is replaced, as when a notebook's cell runs again.
+
+    Args:
+        name: What `H3Config.mixer` will call it.
+        layer: A class, called as ``layer(hidden_size, **mixer_options)``, with the methods of
+            `hippos.layers.SSMLayer` (a subclass has all of them): ``forward(u, *, initial_state=None,
+            return_state=False, cu_seqlens=None, mask=None)`` from tokens (B, L, D) to tokens, and to the state after
+            the last one if that is asked for; ``step(u, state)`` for one more token, (B, D) or (B, 1, D), the state
+            updated in place; ``init_state(batch)``. A state is one tensor, its first axis B. What the layer cannot do
+            it refuses with `hippos.errors.UnsupportedError`.
+        options: Arguments of ``layer`` that ``H3Config.mixer_options`` may give.
+
+    Raises:
+        ConfigError: If the name is one of hippos' own mixers, or the layer lacks one of the methods.
+    """
+    if name in MIXERS:
+        raise ConfigError(f"{name!r} is a mixer of hippos; register yours under another name")
+    if missing := [method for method in ("forward", "step", "init_state") if not hasattr(layer, method)]:
+        raise ConfigError(f"a mixer has the methods forward, step and init_state; {layer!r} lacks {', '.join(missing)}")
+    _REGISTERED[name] = Mixer(cast(Callable[..., H3 | SSMLayer], layer), {}, {}, tuple(options))
 
 
 def find_mixer(name: object) -> Mixer:
@@ -98,10 +127,14 @@ def find_mixer(name: object) -> Mixer:
     Raises:
         ConfigError: If there is none of that name; the message gives the nearest.
     """
-    mixer = MIXERS.get(name) if isinstance(name, str) else None
+    known = {**MIXERS, **_REGISTERED}
+    mixer = known.get(name) if isinstance(name, str) else None
     if mixer is None:
-        (hint,) = difflib.get_close_matches(str(name).lower(), MIXERS, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown mixer {name!r}; the nearest is {hint!r}, known are {', '.join(MIXERS)}")
+        (hint,) = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"unknown mixer {name!r}; the nearest is {hint!r}, known are {', '.join(known)} "
+            "(hippos.models.register_mixer adds one of your own)"
+        )
     return mixer
 
 
@@ -134,8 +167,9 @@ def check_mixer(config: H3Config, defaults: Mapping[str, Any]) -> None:
         raise ConfigError(f"mixer_options must be a dictionary of options, got {config.mixer_options!r}")
     for option in config.mixer_options:
         if option not in mixer.options:
-            (hint,) = difflib.get_close_matches(str(option), mixer.options, n=1, cutoff=0.0)
-            raise ConfigError(f"mixer {config.mixer!r} has no option {option!r}; the nearest is {hint!r}")
+            nearest = difflib.get_close_matches(str(option), mixer.options, n=1, cutoff=0.0)
+            hint = f"the nearest is {nearest[0]!r}" if nearest else "it has none"
+            raise ConfigError(f"mixer {config.mixer!r} has no option {option!r}; {hint}")
     if config.mixer_options:
         _try_options(config)
 
