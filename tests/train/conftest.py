@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hippos.train import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from hippos.train import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainResult, train
+from tests.train.left import QUIET
 
 _WORDS = (
     "state",
@@ -68,3 +69,9 @@ def tiny(text_file: Path) -> TrainConfig:
         optim=OptimConfig(steps=12, batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup=0.2),
         run=RunConfig(log_steps=3, eval_steps=4, eval_tokens=200, save_steps=2, tensorboard=False),
     )
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run of `tiny` that went to its end; tests leave its folder as it is."""
+    return train(tiny, tmp_path_factory.mktemp("runs") / "finished", progress=QUIET)

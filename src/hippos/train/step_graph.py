@@ -47,6 +47,7 @@ class GraphedPasses:
         self._passes = passes
         self._clear_gradients()
         device = next(iter(self._inputs.values())).device
+        torch.cuda.empty_cache()  # what other streams have used lies apart, and a second set of activations may not fit
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.random.fork_rng([device]), torch.cuda.stream(stream):
