@@ -14,6 +14,7 @@ from hippos.ops.h3_mix.kernels import (
     split_operator,
     store_chunks,
 )
+from hippos.ops.h3_mix.kernels_scan import pass_states
 from hippos.ops.ssm_conv.kernels import (
     exponent_to_half,
     find_pieces,
@@ -27,7 +28,6 @@ from hippos.ops.ssm_conv.kernels import (
     to_pairs,
     two_to,
 )
-from hippos.ops.ssm_conv.kernels_scan import pass_states
 
 
 @triton.jit
@@ -147,8 +147,13 @@ def h3_mix_fwd_kernel(
                 is_saved = is_piece & (at >= 0)[:, None]
                 at = saved_ptr + at[:, None] * (2 * MODES) + pairs[None, :]
                 tl.store(at, to_pairs(carry_re, carry_im).to(saved_ptr.dtype.element_ty), mask=is_saved)
+        # Zeros: nothing is read. Of 16 bits, as a load of 32 would be made in advance, through shared memory.
+        zero_at = k_ptr + tl.arange(0, LANES)[:, None] * (2 * MODES) + modes
+        is_never = (tl.arange(0, LANES)[:, None] < n_initial) & (tile < 0) & (modes >= 0)
+        zero_re = tl.load(zero_at, mask=is_never, other=0.0).to(tl.float32)
+        zero_im = tl.load(zero_at + MODES, mask=is_never, other=0.0).to(tl.float32)
         state_re, state_im, carry_re, carry_im = pass_states(
-            w_re, w_im, decay_re, decay_im, carry_re, carry_im, STEPS, PIECES, SEGMENTS, False
+            w_re, w_im, decay_re, decay_im, carry_re, carry_im, zero_re, zero_im, STEPS, PIECES, SEGMENTS
         )
 
         state = tl.reshape(tl.join(state_re, state_im), (ROWS, 2 * MODES))

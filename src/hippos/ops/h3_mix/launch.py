@@ -11,7 +11,7 @@ from torch import Tensor
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
 from hippos.ops.h3_mix.layout import MixGradients
-from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule
+from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
 from hippos.ops.h3_mix.state import first_samples
 from hippos.ops.ssm_conv.chunked import Inputs
@@ -89,9 +89,9 @@ def h3_mix_fwd(
     q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state, bias = inputs
     (batch, n_heads, seqlen), device = q.shape, q.device
     n_modes, n_taps = log_a.shape[1], shift_filter.shape[1]
-    schedule = schedule or mix_schedule(q.dtype, n_modes, batch, device)
+    schedule = schedule or mix_schedule(q.dtype, n_modes, device)
     pieces = mix_pieces(batch, n_heads, seqlen, schedule)
-    at = place(pieces, schedule, has_segments=not pieces.is_cut)
+    at = place_mix(pieces, schedule)
     modes = schedule.padded_modes(n_modes)
     operators = make_chunk_operators(log_a, b, c, d, schedule)
 

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from hippos.ops.ssm_conv.schedule import Pieces, Schedule, forward_pieces, forward_schedule, place
+from hippos.ops.ssm_conv.schedule import (
+    Geometry,
+    Pieces,
+    Schedule,
+    forward_pieces,
+    forward_schedule,
+    next_power_of_two,
+    place,
+)
 
-FEW_SEQUENCES = 4
+MOST_STEPS = 16  # of a lane, which the kernel's scan knows
 
 
-def mix_schedule(dtype: torch.dtype, n_modes: int, batch: int, device: torch.device) -> Schedule:
-    """The forward kernel's sizes: those of `ssm_conv`, but for the registers.
+def mix_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
+    """The forward kernel's sizes: those of `ssm_conv`."""
+    return forward_schedule(dtype, n_modes, device)
 
-    A third program on a multiprocessor hides more than a few spilled registers cost; the scan over many segments of a
-    few sequences spills too many.
+
+def place_mix(pieces: Pieces, schedule: Schedule) -> Geometry:
+    """Fill the rows of a tile: with as many chunks of a sequence as a thread holds, then with sequences.
+
+    What is left, with few sequences, are segments of each.
+
+    Args:
+        pieces: What to place; those of cut sequences are placed as in `ssm_conv`, in tiles that they fill.
+        schedule: The sizes.
+
+    Returns:
+        The geometry.
     """
-    schedule = forward_schedule(dtype, n_modes, device)
-    return replace(schedule, max_registers=None) if batch < FEW_SEQUENCES else schedule
+    if pieces.is_cut:
+        return place(pieces, schedule, has_segments=False)
+    longest = next_power_of_two(-(-pieces.length // schedule.chunk))
+    least_lanes = max(2, schedule.rows // MOST_STEPS)
+    steps = min(schedule.rows // least_lanes, longest, MOST_STEPS)
+    lanes = schedule.rows // steps
+    segments = min(lanes // min(lanes, next_power_of_two(pieces.total)), max(1, longest // steps))
+    per_tile, span = lanes // segments, schedule.chunk * steps * segments
+    return Geometry(steps, per_tile, segments, span, -(-pieces.length // span), -(-pieces.total // per_tile))
 
 
 def mix_pieces(batch: int, n_heads: int, seqlen: int, schedule: Schedule) -> Pieces:
     """Pieces for the forward pass: whole sequences where that fills a GPU, as states between pieces need k' first."""
     whole = Pieces(batch, 1, seqlen)
-    if n_heads * place(whole, schedule, has_segments=True).n_groups >= schedule.least_programs:
+    if n_heads * place_mix(whole, schedule).n_groups >= schedule.least_programs:
         return whole
     return forward_pieces(batch, n_heads, seqlen, schedule)
 
@@ -38,5 +62,5 @@ def folds_bias(signal: Tensor, seqlen: int, n_taps: int, n_modes: int, cu_seqlen
     if cu_seqlens is not None:
         return False
     batch, d_model, _ = signal.shape
-    schedule = mix_schedule(signal.dtype, n_modes, batch, signal.device)
+    schedule = mix_schedule(signal.dtype, n_modes, signal.device)
     return n_taps <= schedule.chunk + 1 and not mix_pieces(batch, d_model, seqlen, schedule).is_cut
