@@ -22,6 +22,7 @@ from hippos.models.block import H3Block, mix_ssm
 from hippos.models.layout import TokenLayout
 from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
 from hippos.ops.gelu_mlp import gelu_mlp
+from hippos.ops.tracing import has_values
 
 __all__ = ["run_fused_trunk", "run_mixer", "run_mlp", "takes_fused_trunk"]
 
@@ -37,7 +38,7 @@ def takes_fused_trunk(blocks: Iterable[nn.Module], norm: nn.Module, stream: Tens
         norm: The norm behind the last one.
         stream: What goes in.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not takes_kernels(stream):
+    if not (has_values(stream) and torch.is_grad_enabled() and takes_kernels(stream)):
         return False
     return _is_plain_norm(norm) and all(_is_plain_block(block) for block in blocks)
 
