@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from torch.func import functional_call
 
 from hippos.errors import UnsupportedError
 from hippos.layers import DSS, GSS, S4, S4D, SSMLayer
+from hippos.layers.ssm_layer import ActivatedSSMLayer
 
 D_MODEL = 6
 LAYERS = {
@@ -325,3 +328,12 @@ class TestErrors:
     def test_no_width(self, layer):
         with pytest.raises(ValueError, match="d_model must be at least 1, got 0"):
             layer(0)
+
+
+@pytest.mark.parametrize("kind", [S4, S4D, DSS])
+def test_every_argument_is_described_once(kind):
+    """What all kinds have in common stands with what they have in common."""
+    own, common = (set(re.findall(r"^        (\w+): ", layer.__doc__, re.M)) for layer in (kind, ActivatedSSMLayer))
+    arguments = set(inspect.signature(kind).parameters)
+    assert arguments <= own | common
+    assert arguments & own & common <= {"n_ssm"}  # DSS has another default

@@ -17,35 +17,20 @@ from hippos.ops.ssm_filter.dss import dss_modes_filter
 class DSS(ActivatedSSMLayer):
     """Mix the tokens of a sequence: a DSS over each channel, GELU, a linear map with or without GLU.
 
-    Causal unless ``bidirectional``. While all modes decay, there are whole sequences, pieces, packed documents and
-    single steps as for `H3`, of any length. With ``real_type="none"`` a mode may grow: whole sequences of at most
-    ``l_max`` tokens are convolved with a filter, packed documents are refused, and so are states as long as some mode
-    grows.
+    With ``real_type="none"`` a mode may grow: whole sequences of at most ``l_max`` tokens are convolved with a filter,
+    packed documents are refused, and so are states as long as some mode grows. What is not said here is
+    `ActivatedSSMLayer`'s.
 
     Args:
-        d_model: Width D of the tokens.
-        d_state: State size N, even and at least 2; M = N/2 complex modes.
         form: "exp" or "softmax".
         l_max: Length over which "softmax" normalises a mode; needed for it, not read otherwise. The model is
             another one with another ``l_max``.
-        n_ssm: Number of different state matrices, a divisor of D; 1, as published, shares one.
+        n_ssm: As for every kind, but 1, as published, unless said otherwise.
         init: Start of the frequencies: "diag-legs" (as published), "diag-lin", "diag-inv" or "diag".
-        real_type: How the raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid", or, for "softmax",
-            "none", which leaves its sign free (as published).
-        dt_min: Smallest initial step.
-        dt_max: Largest initial step.
-        glu: Whether a gated linear unit ends the layer, rather than a linear map alone.
-        bidirectional: Whether each channel has a second filter, over the tokens that follow.
-        ssm_lr: Ceiling of the learning rate of the SSM's dynamics (see `param_groups`); 0 freezes them.
-        device: Where the parameters are made.
-        dtype: Dtype of the projection; SSM parameters are float32 (float64 for float64).
+        real_type: As for `S4D`, but "none" is for "softmax" only and leaves the sign free (as published).
 
     Attributes:
         diag: `DSSM` over the D channels.
-        out_proj: ``nn.Linear`` from D to D, or to 2D.
-
-    Raises:
-        ValueError: If a size, range or name is not one of the above.
 
     Source:
         Gupta et al. 2022 (DSS, arXiv:2203.14343).
@@ -69,8 +54,7 @@ class DSS(ActivatedSSMLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(d_model, glu=glu, bidirectional=bidirectional, device=device, dtype=dtype)
-        self.d_state = d_state
+        super().__init__(d_model, d_state, glu=glu, bidirectional=bidirectional, device=device, dtype=dtype)
         self.diag = DSSM(
             d_model,
             d_state,
@@ -91,10 +75,6 @@ class DSS(ActivatedSSMLayer):
     def ssm(self) -> DSSM:
         """The SSM's parameters."""
         return self.diag
-
-    @property
-    def _state_sizes(self) -> tuple[int, int]:
-        return self.d_model, self.d_state // 2
 
     def _check_recurrence(self, wish: str) -> None:
         super()._check_recurrence(wish)

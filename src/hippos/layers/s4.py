@@ -15,28 +15,13 @@ from hippos.ops.ssm_dense import dense_advance, dense_filter, dense_response, de
 class S4(ActivatedSSMLayer):
     """Mix the tokens of a sequence: an S4 over each channel, GELU, a linear map with or without GLU.
 
-    Causal unless ``bidirectional``. Whole sequences, pieces and single steps as for `H3`; packed documents are refused.
-    The state is a tensor, (B, D, M, 2). A step costs N^2 products a channel.
+    Packed documents are refused. A step costs N^2 products a channel. What is not said here is `ActivatedSSMLayer`'s.
 
     Args:
-        d_model: Width D of the tokens.
-        d_state: State size N, even and at least 2.
-        n_ssm: Number of different state matrices, a divisor of D; None for D.
         init: HiPPO matrix of the start: "legs", "fout", "legt" (rank 2), or "hippo": half "legs", half "fout".
-        dt_min: Smallest initial step.
-        dt_max: Largest initial step.
-        glu: Whether a gated linear unit ends the layer, rather than a linear map alone.
-        bidirectional: Whether each channel has a second filter, over the tokens that follow.
-        ssm_lr: Ceiling of the learning rate of the SSM's dynamics (see `param_groups`); 0 freezes them.
-        device: Where the parameters are made.
-        dtype: Dtype of the projection; SSM parameters are float32 (float64 for float64).
 
     Attributes:
         dplr: `DPLRSSM` over the D channels.
-        out_proj: ``nn.Linear`` from D to D, or to 2D.
-
-    Raises:
-        ValueError: If a size, range or name is not one of the above.
 
     Source:
         Gu et al. 2022 (S4, arXiv:2111.00396).
@@ -57,8 +42,7 @@ class S4(ActivatedSSMLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(d_model, glu=glu, bidirectional=bidirectional, device=device, dtype=dtype)
-        self.d_state = d_state
+        super().__init__(d_model, d_state, glu=glu, bidirectional=bidirectional, device=device, dtype=dtype)
         self.dplr = DPLRSSM(
             d_model,
             d_state,
@@ -76,10 +60,6 @@ class S4(ActivatedSSMLayer):
     def ssm(self) -> DPLRSSM:
         """The SSM's parameters."""
         return self.dplr
-
-    @property
-    def _state_sizes(self) -> tuple[int, int]:
-        return self.d_model, self.d_state // 2
 
     def _convolve(
         self, x: Tensor, initial_state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None

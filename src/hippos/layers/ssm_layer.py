@@ -214,17 +214,34 @@ class SSMLayer(nn.Module, abc.ABC):
 class ActivatedSSMLayer(SSMLayer):
     """A layer that convolves the tokens themselves: ``out_proj(GELU(K * u + D u))``, the block of S4.
 
+    What its kinds, `S4`, `S4D` and `DSS`, have in common. Whole sequences, pieces, packed documents and single steps
+    are as for `H3`, where a kind does not say otherwise; the state is a tensor, (B, D, M, 2) with M = N/2.
+
     Args:
         d_model: Width D of the tokens.
-        glu: Whether ``out_proj`` maps to 2D, of which the second half gates the first by its sigmoid.
-        bidirectional: Whether a second filter runs backwards.
+        d_state: State size N of each channel's SSM, even and at least 2.
+        n_ssm: Of every kind: number of different state matrices, a divisor of D; None for D.
+        dt_min: Of every kind: smallest initial step.
+        dt_max: Of every kind: largest initial step.
+        glu: Whether a gated linear unit ends the layer, rather than a linear map alone: ``out_proj`` maps to 2D, of
+            which the second half gates the first by its sigmoid.
+        bidirectional: Whether each channel has a second filter, over the tokens that follow; without it the layer is
+            causal.
+        ssm_lr: Of every kind: ceiling of the learning rate of the SSM's dynamics (see `param_groups`); 0 freezes them.
         device: Where the parameters are made.
-        dtype: Dtype of the projection.
+        dtype: Dtype of the projection; SSM parameters are float32 (float64 for float64).
+
+    Attributes:
+        out_proj: ``nn.Linear`` from D to D, or to 2D.
+
+    Raises:
+        ValueError: If a size, range or name is none that the layer or its SSM knows.
     """
 
     def __init__(
         self,
         d_model: int,
+        d_state: int,
         *,
         glu: bool,
         bidirectional: bool,
@@ -232,8 +249,12 @@ class ActivatedSSMLayer(SSMLayer):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(d_model, bidirectional=bidirectional)
-        self.glu = glu
+        self.d_state, self.glu = d_state, glu
         self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model, device=device, dtype=dtype)
+
+    @property
+    def _state_sizes(self) -> tuple[int, int]:
+        return self.d_model, self.d_state // 2
 
     def _enter(self, u: Tensor) -> Tensor:
         return u
