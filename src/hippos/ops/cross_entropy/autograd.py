@@ -55,7 +55,12 @@ def linear_cross_entropy_backward_op(
     d_hidden: Tensor, d_weight: Tensor, dloss: Tensor, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Both gradients times that of the loss."""
-    return (d_hidden * dloss).to(hidden_dtype), (d_weight * dloss).to(weight_dtype)
+    return _scaled(d_hidden, dloss, hidden_dtype), _scaled(d_weight, dloss, weight_dtype)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product, which goes into ``dtype`` as it is written."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 @linear_cross_entropy_backward_op.register_fake
