@@ -134,6 +134,13 @@ class TestGpu:
         assert all(torch.equal(found[name], again[name]) for name in found)
         assert_accurate(inputs, found, run(inputs, "torch", dtype=torch.float64, with_state=False))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("absent", [("in_gate",), ("out_gate",), ("d", "in_gate", "out_gate")])
+    def test_full_tiles_without_gates(self, absent, dtype):
+        inputs = make_inputs(8, 100, 1024, 32, dtype, "cuda", absent=("initial_state", *absent))
+        found = run(inputs, "triton", with_state=False)
+        assert_accurate(inputs, found, run(inputs, "torch", dtype=torch.float64, with_state=False))
+
     @pytest.mark.parametrize(
         ("batch", "n_heads", "seqlen"), [(3, 100, 1024), (1, 200, 2048), (1, 200, 8192), (16, 96, 512), (4, 60, 8256)]
     )

@@ -67,24 +67,33 @@ def stored(taps, into, outof, planes):
     return *parts, torch.stack(exponents, 1).contiguous()
 
 
+def without(inputs: Inputs, absent: tuple[str, ...]) -> Inputs:
+    return inputs._replace(**dict.fromkeys(absent))
+
+
+def or_u(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """u and the gates, in whose place u stands for those that are absent."""
+    return tuple(inputs.u if x is None else x for x in (inputs.u, inputs.in_gate, inputs.out_gate))
+
+
 @pytest.mark.parametrize("makes", [True, False])
 @pytest.mark.parametrize(
-    ("batch", "seqlen", "run", "dtype", "n_modes", "has_initial"),
+    ("batch", "seqlen", "run", "dtype", "n_modes", "has_initial", "absent"),
     [
-        (16, 512, 4, torch.bfloat16, 32, True),
-        (8, 512, 8, torch.float16, 32, False),
-        (4, 1024, 16, torch.bfloat16, 20, False),
-        (2, 4096, 32, torch.bfloat16, 32, False),
-        (1, 8192, 64, torch.bfloat16, 32, True),
+        (16, 512, 4, torch.bfloat16, 32, True, ()),
+        (8, 512, 8, torch.float16, 32, False, ("out_gate",)),
+        (4, 1024, 16, torch.bfloat16, 20, False, ("in_gate",)),
+        (2, 4096, 32, torch.bfloat16, 32, False, ()),
+        (1, 8192, 64, torch.bfloat16, 32, True, ()),
         # Tiles that are not full: of sequences, of chunks, of both.
-        (3, 1024, 16, torch.float16, 32, True),
-        (1, 2048, 64, torch.bfloat16, 17, True),
-        (5, 320, 8, torch.bfloat16, 32, True),
-        (1, 64, 4, torch.bfloat16, 32, True),
+        (3, 1024, 16, torch.float16, 32, True, ()),
+        (1, 2048, 64, torch.bfloat16, 17, True, ()),
+        (5, 320, 8, torch.bfloat16, 32, True, ("in_gate", "out_gate")),
+        (1, 64, 4, torch.bfloat16, 32, True, ()),
     ],
 )
-def test_forward(batch, seqlen, run, dtype, n_modes, has_initial, makes):
-    inputs, _ = make_inputs(batch, 1, seqlen, dtype, n_modes)
+def test_forward(batch, seqlen, run, dtype, n_modes, has_initial, absent, makes):
+    inputs = without(make_inputs(batch, 1, seqlen, dtype, n_modes)[0], absent)
     initial = Draw(seed=1).normal(batch, 1, n_modes, 2, dtype=torch.float32) if has_initial else None
     taps, into, outof, decay = operators(*(padded(x).double() for x in inputs[1:4]), inputs.d.double())
     y, n_saved = torch.empty_like(inputs.u), -(-seqlen // 256)
@@ -92,7 +101,7 @@ def test_forward(batch, seqlen, run, dtype, n_modes, has_initial, makes):
     saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     saved = torch.empty(batch, 1, n_saved, MODES, 2, dtype=saved_dtype)
     planar = torch.empty(1) if initial is None else padded(initial).transpose(-1, -2).contiguous()
-    signals, planes = (inputs.u, inputs.in_gate, inputs.out_gate, y), 2 if dtype == torch.float16 else 1
+    signals, planes = (*or_u(inputs), y), 2 if dtype == torch.float16 else 1
     taps, into, outof, exponents = stored(taps, into, outof, planes)
     n_groups = -(-batch * run // 64)
     run_program(
@@ -100,7 +109,8 @@ def test_forward(batch, seqlen, run, dtype, n_modes, has_initial, makes):
         *signals, taps, into, outof, decay.float().contiguous(), exponents, *inputs[1:5], planar, state, saved,
         *strides(*signals), 1, n_modes, batch, seqlen, -(-seqlen // (64 * run)), n_groups, n_groups, n_saved,
         0 if initial is None else batch,
-        RUN=run, PLANES=planes, SAVES=True, WANTS_STATE=True, MAKES=makes, HAS_D=True,
+        RUN=run, PLANES=planes, SAVES=True, WANTS_STATE=True, MAKES=makes,
+        HAS_D=True, HAS_IN="in_gate" not in absent, HAS_OUT="out_gate" not in absent,
         IS_FULL=batch * run % 64 == 0 and seqlen % (64 * run) == 0, n_warps=4,
     )  # fmt: skip
     wanted, wanted_state = convolve(exact(inputs), initial_state=initial, return_state=True)
@@ -117,7 +127,7 @@ def test_forward(batch, seqlen, run, dtype, n_modes, has_initial, makes):
 def adjoint_states(inputs: Inputs, dout, ends) -> torch.Tensor:
     """The adjoint state after each of the samples ``ends``, planar, (B, len(ends), H, 2, M)."""
     log_a, c = (torch.view_as_complex(x.double()) for x in (inputs.log_a, inputs.c))
-    gradient = (dout * inputs.out_gate).to(torch.complex128)
+    gradient = (dout if inputs.out_gate is None else dout * inputs.out_gate).to(torch.complex128)
     states = []
     for end in ends:
         times = torch.arange(1, dout.shape[-1] - end + 1)
@@ -128,25 +138,26 @@ def adjoint_states(inputs: Inputs, dout, ends) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("batch", "seqlen", "run", "n_pieces", "n_modes"),
+    ("batch", "seqlen", "run", "n_pieces", "n_modes", "absent"),
     [
-        (16, 512, 4, 1, 32),
-        (32, 256, 4, 1, 32),
-        (8, 1024, 4, 2, 32),
-        (8, 1024, 8, 1, 20),
-        (4, 1024, 16, 1, 32),
-        (2, 4096, 32, 1, 32),
-        (1, 8192, 64, 1, 32),
+        (16, 512, 4, 1, 32, ()),
+        (32, 256, 4, 1, 32, ("in_gate",)),
+        (8, 1024, 4, 2, 32, ()),
+        (8, 1024, 8, 1, 20, ("out_gate",)),
+        (4, 1024, 16, 1, 32, ()),
+        (2, 4096, 32, 1, 32, ()),
+        (1, 8192, 64, 1, 32, ()),
         # Tiles that are not full: of sequences, of chunks, of both.
-        (3, 1024, 16, 1, 32),
-        (1, 2048, 64, 1, 17),
-        (5, 320, 8, 1, 32),
-        (1, 64, 4, 1, 32),
+        (3, 1024, 16, 1, 32, ()),
+        (1, 2048, 64, 1, 17, ()),
+        (5, 320, 8, 1, 32, ("in_gate", "out_gate")),
+        (1, 64, 4, 1, 32, ()),
     ],
 )
 @pytest.mark.parametrize("ends", [True, False], ids=["parameters", "operators"])
-def test_backward(batch, seqlen, run, n_pieces, n_modes, ends):
+def test_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends):
     inputs, dout = make_inputs(batch, 1, seqlen, torch.bfloat16, n_modes)
+    inputs = without(inputs, absent)
     taps, into, outof, decay = operators(*(padded(x).double() for x in inputs[1:4]), inputs.d.double())
     n_saved, length, n_groups = -(-seqlen // 256), seqlen // n_pieces, -(-batch * n_pieces * run // 64)
     splits = 1 if n_groups == 1 or ends else 2
@@ -159,7 +170,7 @@ def test_backward(batch, seqlen, run, n_pieces, n_modes, ends):
     shapes = ((CHUNK, CHUNK), (CHUNK, MODES, 2), (CHUNK, MODES, 2), (MODES, 2))
     partial = [torch.empty(splits, *shape) for shape in shapes]
     parameters = [torch.full_like(x, torch.nan) for x in inputs[1:5]]
-    signals = (inputs.u, inputs.in_gate, inputs.out_gate, dout)
+    signals = (*or_u(inputs), dout)
     halved = [x.bfloat16().contiguous() for x in (taps, into, outof)]
     run_program(
         FOLDER, (*MODULES, *BACKWARD), "ssm_conv_bwd_hopper_kernel", splits,
@@ -167,11 +178,12 @@ def test_backward(batch, seqlen, run, n_pieces, n_modes, ends):
         *strides(*signals), 1, n_modes, batch, seqlen, n_pieces, length, -(-length // (64 * run)), n_groups,
         -(-n_groups // splits), n_saved, batch * n_pieces if n_pieces > 1 else 0,
         RUN=run, IS_CUT=n_pieces > 1, IS_FULL=batch * n_pieces * run % 64 == 0 and length % (64 * run) == 0,
-        MAKES=ends, ENDS=ends, HAS_D=True, n_warps=8,
+        MAKES=ends, ENDS=ends, HAS_D=True, HAS_IN="in_gate" not in absent, HAS_OUT="out_gate" not in absent, n_warps=8,
     )  # fmt: skip
     leaves = exact(inputs)
     u, log_a, b, c, d, in_gate, out_gate, _ = leaves
-    present = (u, in_gate, out_gate, log_a, b, c, d)
+    gradients = [gradient for gradient, x in zip(gradients, (u, in_gate, out_gate), strict=True) if x is not None]
+    present = [x for x in (u, in_gate, out_gate) if x is not None] + [log_a, b, c, d]
     wanted = torch.autograd.grad(convolve(leaves), present, dout.double())
     if not ends:
         made = operators(*(padded(x) for x in (log_a, b, c)), d)
@@ -179,9 +191,11 @@ def test_backward(batch, seqlen, run, n_pieces, n_modes, ends):
         toeplitz = torch.where(lag >= 0, made[0][:, lag.clamp(min=0)], 0.0)
         sums = [x.sum(0, dtype=torch.float64) for x in partial]
         loss = sum((x * gradient).sum() for x, gradient in zip((toeplitz, *made[1:]), sums, strict=True))
-        parameters = torch.autograd.grad(loss, present[3:])
+        parameters = torch.autograd.grad(loss, present[-4:])
     found = (*gradients, *parameters)
-    summands = (inputs.u * inputs.in_gate).double() * (dout * inputs.out_gate).double()
+    summands = inputs.u.double() * dout.double()
+    for gate in (inputs.in_gate, inputs.out_gate):
+        summands = summands if gate is None else summands * gate
     assert abs(float(found[-1] - wanted[-1])) < 3 * ROUNDING[torch.bfloat16] * float(summands.norm())  # d's, one number
     for got, want in zip(found[:-1], wanted[:-1], strict=True):
         # Few numbers do not average their errors out.
@@ -198,6 +212,6 @@ def test_a_mode_that_forgets_at_once_has_gradients():
         FOLDER, (*MODULES, *BACKWARD), "ssm_conv_bwd_hopper_kernel", 1,
         *signals, *gradients, *unused, *inputs[1:5], saved, torch.empty(1), *unused, *parameters, *strides(*signals),
         1, MODES, 1, 64, 1, 64, 1, 1, 1, 1, 0,
-        RUN=4, IS_CUT=False, IS_FULL=False, MAKES=True, ENDS=True, HAS_D=True, n_warps=8,
+        RUN=4, IS_CUT=False, IS_FULL=False, MAKES=True, ENDS=True, HAS_D=True, HAS_IN=True, HAS_OUT=True, n_warps=8,
     )  # fmt: skip
     assert all(bool(torch.isfinite(x).all()) for x in (*gradients, *parameters))

@@ -1,4 +1,4 @@
-"""GPU program of the backward pass for Hopper: bfloat16, both gates, sequences of whole chunks.
+"""GPU program of the backward pass for Hopper: bfloat16, sequences of whole chunks.
 
 It computes what `ssm_conv_bwd_kernel` does, written in Gluon, where layouts and shared memory are explicit, and where a
 program has all of a channel, what `chunk_operators_kernel` and `chunk_operators_bwd_kernel` do as well. Each warp group
@@ -112,7 +112,8 @@ def ssm_conv_bwd_hopper_kernel(
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, dout_stride_b, dout_stride_h,
     n_heads, n_modes, batch, seqlen, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_later,
     RUN: gl.constexpr, IS_CUT: gl.constexpr, IS_FULL: gl.constexpr,
-    MAKES: gl.constexpr, ENDS: gl.constexpr, HAS_D: gl.constexpr,
+    MAKES: gl.constexpr, ENDS: gl.constexpr,
+    HAS_D: gl.constexpr, HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr,
 ):  # fmt: skip
     """Gradients of one channel and some groups of pieces; arguments as in `ssm_conv_bwd_kernel`.
 
@@ -130,7 +131,7 @@ def ssm_conv_bwd_hopper_kernel(
     in_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], SHARED)
     out_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], SHARED)
     dout_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], SHARED)
-    x = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
+    gated = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
     state = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
     dstate = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
     u_ptr += channel.to(gl.int64) * u_stride_h
@@ -145,8 +146,10 @@ def ssm_conv_bwd_hopper_kernel(
     delta, start = _rows_of(group, tile, n_pieces, piece_len, RUN, IS_CUT)
     sequence = (group * (64 // RUN) // n_pieces).to(gl.int64)
     _copy(u_tiles.index(0), u_ptr, sequence, u_stride_b, delta, start, batch, seqlen, IS_FULL)
-    _copy(in_tiles.index(0), in_gate_ptr, sequence, in_stride_b, delta, start, batch, seqlen, IS_FULL)
-    _copy(out_tiles.index(0), out_gate_ptr, sequence, out_stride_b, delta, start, batch, seqlen, IS_FULL)
+    if HAS_IN:
+        _copy(in_tiles.index(0), in_gate_ptr, sequence, in_stride_b, delta, start, batch, seqlen, IS_FULL)
+    if HAS_OUT:
+        _copy(out_tiles.index(0), out_gate_ptr, sequence, out_stride_b, delta, start, batch, seqlen, IS_FULL)
     _copy(dout_tiles.index(0), dout_ptr, sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
     async_copy.commit_group()
 
@@ -179,37 +182,29 @@ def ssm_conv_bwd_hopper_kernel(
         next_tile = gl.where(is_more, gl.where(ends_group, n_tiles - 1, tile - 1), tile)
         next_delta, next_start = _rows_of(next_group, next_tile, n_pieces, piece_len, RUN, IS_CUT)
         sequence = (next_group * (64 // RUN) // n_pieces).to(gl.int64)
-        other = 1 - slot
-        _copy(u_tiles.index(other), u_ptr, sequence, u_stride_b, next_delta, next_start, batch, seqlen, IS_FULL)
-        _copy(in_tiles.index(other), in_gate_ptr, sequence, in_stride_b, next_delta, next_start, batch, seqlen, IS_FULL)
-        _copy(
-            out_tiles.index(other), out_gate_ptr, sequence, out_stride_b, next_delta, next_start, batch, seqlen, IS_FULL
-        )
-        _copy(
-            dout_tiles.index(other), dout_ptr, sequence, dout_stride_b, next_delta, next_start, batch, seqlen, IS_FULL
-        )
+        other, places = 1 - slot, (next_delta, next_start)
+        _copy(u_tiles.index(other), u_ptr, sequence, u_stride_b, *places, batch, seqlen, IS_FULL)
+        if HAS_IN:
+            _copy(in_tiles.index(other), in_gate_ptr, sequence, in_stride_b, *places, batch, seqlen, IS_FULL)
+        if HAS_OUT:
+            _copy(out_tiles.index(other), out_gate_ptr, sequence, out_stride_b, *places, batch, seqlen, IS_FULL)
+        _copy(dout_tiles.index(other), dout_ptr, sequence, dout_stride_b, *places, batch, seqlen, IS_FULL)
         async_copy.commit_group()
         start_re = (words << 16).to(gl.float32, bitcast=True)
         start_im = (words & -65536).to(gl.float32, bitcast=True)
         words = _saved_words(
-            saved_ptr,
-            next_group,
-            next_tile,
-            batch,
-            n_pieces,
-            piece_len,
-            n_saved,
-            n_heads,
-            channel,
-            RUN,
-            IS_CUT,
-            IS_FULL,
-        )
+            saved_ptr, next_group, next_tile, batch, n_pieces, piece_len, n_saved, n_heads, channel,
+            RUN, IS_CUT, IS_FULL,
+        )  # fmt: skip
 
         u_tile, in_tile, dout_tile = u_tiles.index(slot), in_tiles.index(slot), dout_tiles.index(slot)
-        dy = out_tiles.index(slot)
-        x.store((u_tile.load(ROWS).to(gl.float32) * in_tile.load(ROWS).to(gl.float32)).to(gl.bfloat16))
-        dy.store((dout_tile.load(ROWS).to(gl.float32) * dy.load(ROWS).to(gl.float32)).to(gl.bfloat16))
+        x, dy = u_tile, dout_tile
+        if HAS_IN:
+            x = gated
+            x.store((u_tile.load(ROWS).to(gl.float32) * in_tile.load(ROWS).to(gl.float32)).to(gl.bfloat16))
+        if HAS_OUT:
+            dy = out_tiles.index(slot)
+            dy.store((dout_tile.load(ROWS).to(gl.float32) * dy.load(ROWS).to(gl.float32)).to(gl.bfloat16))
         hopper.fence_async_shared()
         gl.thread_barrier()
         v = hopper.warpgroup_mma(x, into, zeros, use_acc=False, is_async=True)
@@ -239,8 +234,9 @@ def ssm_conv_bwd_hopper_kernel(
         dstate.store(whole(g0_re, g0_im, g1_re, g1_im).to(gl.bfloat16))
         hopper.fence_async_shared()
         gl.thread_barrier()
-        y = hopper.warpgroup_mma(x, toeplitz, zeros, use_acc=False, is_async=True)
-        y = hopper.warpgroup_mma(state, outof.permute((1, 0)), y, is_async=True)
+        if HAS_OUT:
+            y = hopper.warpgroup_mma(x, toeplitz, zeros, use_acc=False, is_async=True)
+            y = hopper.warpgroup_mma(state, outof.permute((1, 0)), y, is_async=True)
         dx = hopper.warpgroup_mma(dy, toeplitz.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dx = hopper.warpgroup_mma(dstate, into.permute((1, 0)), dx, is_async=True)
         dinto = hopper.warpgroup_mma(x.permute((1, 0)), dstate, dinto, is_async=True)
@@ -249,19 +245,27 @@ def ssm_conv_bwd_hopper_kernel(
         ddecay_re += g0_re * h0_re + g0_im * h0_im + g1_re * h1_re + g1_im * h1_im
         ddecay_im += g0_im * h0_re - g0_re * h0_im + g1_im * h1_re - g1_re * h1_im
 
-        # The gradients take the place of the samples, each where its thread has read them.
-        y = hopper.warpgroup_mma_wait(4, deps=[y])
-        dout_tile.store((y * dout_tile.load(MMA).to(gl.float32)).to(gl.bfloat16))
-        dx = hopper.warpgroup_mma_wait(2, deps=[dx])
-        din_gate = (dx * u_tile.load(MMA).to(gl.float32)).to(gl.bfloat16)
-        u_tile.store((dx * in_tile.load(MMA).to(gl.float32)).to(gl.bfloat16))
-        in_tile.store(din_gate)
-        gl.thread_barrier()
+        # The gradients take the place of samples, each where its thread has read them, but never of operands.
         delta, start = _rows_of(group, tile, n_pieces, piece_len, RUN, IS_CUT)
         sequence = (group * (64 // RUN) // n_pieces).to(gl.int64)
-        _store(dout_gate_ptr, dout_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
-        _store(du_ptr, u_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
-        _store(din_gate_ptr, in_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+        if HAS_OUT:
+            y = hopper.warpgroup_mma_wait(4, deps=[y])
+            dout_tile.store((y * dout_tile.load(MMA).to(gl.float32)).to(gl.bfloat16))
+        dx = hopper.warpgroup_mma_wait(2, deps=[dx])
+        if HAS_IN:
+            din_gate = (dx * u_tile.load(MMA).to(gl.float32)).to(gl.bfloat16)
+            u_tile.store((dx * in_tile.load(MMA).to(gl.float32)).to(gl.bfloat16))
+            in_tile.store(din_gate)
+        else:
+            in_tile.store(dx.to(gl.bfloat16))
+        gl.thread_barrier()
+        if HAS_OUT:
+            _store(dout_gate_ptr, dout_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+        if HAS_IN:
+            _store(du_ptr, u_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+            _store(din_gate_ptr, in_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+        else:
+            _store(du_ptr, in_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
         dtoeplitz, dinto, doutof = hopper.warpgroup_mma_wait(0, deps=[dtoeplitz, dinto, doutof])
         group, tile, slot = next_group, next_tile, 1 - slot
 

@@ -1,4 +1,4 @@
-"""GPU program of the forward pass for Hopper: 16-bit signals, both gates, whole sequences of whole chunks.
+"""GPU program of the forward pass for Hopper: 16-bit signals, whole sequences of whole chunks.
 
 It computes what `ssm_conv_fwd_kernel` does, with a scale for every row of a tile. Four warps have 16 rows each, and all
 columns of them, so that samples and states are the left operands of products as they lie in registers: nothing but
@@ -104,7 +104,7 @@ def ssm_conv_fwd_hopper_kernel(
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, y_stride_b, y_stride_h,
     n_heads, n_modes, batch, seqlen, n_tiles, n_groups, groups_per_program, n_saved, n_initial,
     RUN: gl.constexpr, PLANES: gl.constexpr, SAVES: gl.constexpr, WANTS_STATE: gl.constexpr,
-    MAKES: gl.constexpr, HAS_D: gl.constexpr, IS_FULL: gl.constexpr,
+    MAKES: gl.constexpr, HAS_D: gl.constexpr, HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr, IS_FULL: gl.constexpr,
 ):  # fmt: skip
     """One channel and some groups of 64 / RUN sequences; arguments as in `ssm_conv_fwd_kernel`.
 
@@ -130,8 +130,10 @@ def ssm_conv_fwd_hopper_kernel(
     group, tile, slot = first_group, 0, 0
     first = group * SEQUENCES
     _copy(u_tiles.index(0), u_ptr, first, sequence, u_stride_b, sample, batch, seqlen, IS_FULL)
-    _copy(in_tiles.index(0), in_gate_ptr, first, sequence, in_stride_b, sample, batch, seqlen, IS_FULL)
-    _copy(out_tiles.index(0), out_gate_ptr, first, sequence, out_stride_b, sample, batch, seqlen, IS_FULL)
+    if HAS_IN:
+        _copy(in_tiles.index(0), in_gate_ptr, first, sequence, in_stride_b, sample, batch, seqlen, IS_FULL)
+    if HAS_OUT:
+        _copy(out_tiles.index(0), out_gate_ptr, first, sequence, out_stride_b, sample, batch, seqlen, IS_FULL)
     async_copy.commit_group()
     if MAKES:
         operators, exponents, powers = make_operators(
@@ -157,12 +159,16 @@ def ssm_conv_fwd_hopper_kernel(
         next_tile = gl.where(is_more, gl.where(ends_group, 0, tile + 1), tile)
         first, later = next_group * SEQUENCES, sample + next_tile * (RUN * 64)
         _copy(u_tiles.index(1 - slot), u_ptr, first, sequence, u_stride_b, later, batch, seqlen, IS_FULL)
-        _copy(in_tiles.index(1 - slot), in_gate_ptr, first, sequence, in_stride_b, later, batch, seqlen, IS_FULL)
-        _copy(out_tiles.index(1 - slot), out_gate_ptr, first, sequence, out_stride_b, later, batch, seqlen, IS_FULL)
+        if HAS_IN:
+            _copy(in_tiles.index(1 - slot), in_gate_ptr, first, sequence, in_stride_b, later, batch, seqlen, IS_FULL)
+        if HAS_OUT:
+            _copy(out_tiles.index(1 - slot), out_gate_ptr, first, sequence, out_stride_b, later, batch, seqlen, IS_FULL)
         async_copy.commit_group()
 
         out_tile = out_tiles.index(slot)
-        x = u_tiles.index(slot).load(MMA).to(gl.float32) * in_tiles.index(slot).load(MMA).to(gl.float32)
+        x = u_tiles.index(slot).load(MMA).to(gl.float32)
+        if HAS_IN:
+            x *= in_tiles.index(slot).load(MMA).to(gl.float32)
         x, x_exponent = _left(x, 100)
         v = _add_product(x, into, into_rest, zeros, False, PLANES)
         # The states before the chunks.
@@ -197,7 +203,9 @@ def ssm_conv_fwd_hopper_kernel(
         y = _add_product(states, outof.permute((1, 0)), outof_rest.permute((1, 0)), y, True, PLANES)
         y = hopper.warpgroup_mma_wait(0, deps=[y])
         y = y * (two_to(-state_exponent) * two_to(-outof_exponent))[:, None]
-        out_tile.store((y * out_tile.load(MMA).to(gl.float32)).to(out_tile.dtype))
+        if HAS_OUT:
+            y *= out_tile.load(MMA).to(gl.float32)
+        out_tile.store(y.to(out_tile.dtype))
         gl.thread_barrier()
         first = group * SEQUENCES
         col = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))[None, :]

@@ -98,12 +98,13 @@ def cut_tiles(batch: int, seqlen: int, cut: Pieces) -> HopperTiles | None:
 
 def takes_hopper_forward(n_modes: int, signals: tuple[Tensor | None, ...]) -> bool:
     """Whether the forward program serves signals of these dtypes and places: u, the gates and, if it exists, y."""
-    is_half = any(all(x is not None and x.dtype == dtype for x in signals) for dtype in (torch.bfloat16, torch.float16))
+    dtypes = {x.dtype for x in signals if x is not None}
+    is_half = dtypes in ({torch.bfloat16}, {torch.float16})
     return is_half and Schedule.padded_modes(n_modes) == MODES and _is_aligned(signals)
 
 
 def takes_hopper_backward(schedule: Schedule, n_modes: int, signals: tuple[Tensor | None, ...], saved: Tensor) -> bool:
-    """Whether the backward program serves: bfloat16 signals, none left out, aligned for copies of 16 bytes.
+    """Whether the backward program serves: bfloat16 signals, aligned for copies of 16 bytes.
 
     Args:
         schedule: That of `ssm_conv_bwd_kernel`, whose operators both take.
@@ -118,18 +119,24 @@ def takes_hopper_backward(schedule: Schedule, n_modes: int, signals: tuple[Tenso
     span = schedule.rows // schedule.lanes * schedule.chunk
     if (schedule.operand, schedule.chunk, schedule.padded_modes(n_modes), span) != wanted:
         return False
-    return all(x is not None and x.dtype == torch.bfloat16 for x in (*signals, saved)) and _is_aligned(signals)
+    dtypes = {x.dtype for x in (*signals, saved) if x is not None}
+    return dtypes == {torch.bfloat16} and _is_aligned(signals)
 
 
 def _is_aligned(signals: tuple[Tensor | None, ...]) -> bool:
     """Whether 16-byte copies reach all samples, with 32-bit distances in a tile, on a device that has the programs."""
-    present = [x for x in signals if x is not None]
+    present = [x for x in signals if x is not None and x.dim() == 3]  # gradients of no gate are empty
     batch, _, seqlen = present[0].shape
     strides = (stride for x in present for stride in x.stride()[:2])
     if any(x.data_ptr() % ALIGNED for x in present) or any(stride % ALIGNED for stride in strides):
         return False
     farthest = min(batch, ROWS // LEAST_RUN) * max(x.stride(0) for x in present) + seqlen if batch > 1 else seqlen
     return farthest < 2**31 and has_hopper_programs(present[0].device)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """The tensor, or another whose memory stands for it."""
+    return other if tensor is None else tensor
 
 
 def launch_hopper_forward(
@@ -145,7 +152,7 @@ def launch_hopper_forward(
 
     Args:
         tiles: From `whole_tiles`.
-        inputs: As in `ssm_conv_fwd`, both gates among them.
+        inputs: As in `ssm_conv_fwd`.
         operators: Chunk operators of `forward_schedule`, or None: each program makes its own.
         initial: Initial states, (B, H, 2, 32), or None.
         y: Memory for y, (B, H, L).
@@ -155,23 +162,21 @@ def launch_hopper_forward(
     from hippos.ops.ssm_conv.kernels_hopper_forward import ssm_conv_fwd_hopper_kernel
 
     u, log_a, b, c, d, in_gate, out_gate, _ = inputs
-    assert in_gate is not None  # both seen by takes_hopper_forward
-    assert out_gate is not None
-    (batch, n_heads, seqlen), signals = u.shape, (u, in_gate, out_gate, y)
+    (batch, n_heads, seqlen), signals = u.shape, (u, _or(in_gate, u), _or(out_gate, u), y)
     planes = 2 if u.dtype == torch.float16 else 1
     stored = (y,) * 5
     if operators is not None:
         stored = (operators.taps, operators.into, operators.outof, operators.decay, operators.exponents)
     per_program = groups_per_program(n_heads, tiles.n_groups, PROGRAMS)
     ssm_conv_fwd_hopper_kernel[(n_heads * triton.cdiv(tiles.n_groups, per_program),)](
-        *signals, *stored, log_a, b, c, log_a if d is None else d,
-        log_a if initial is None else initial, state, saved,
+        *signals, *stored, log_a, b, c, _or(d, log_a),
+        _or(initial, log_a), state, saved,
         *(stride for signal in signals for stride in signal.stride()[:2]),
         n_heads, log_a.shape[1], batch, seqlen, tiles.n_tiles, tiles.n_groups, per_program,
         -(-seqlen // LEAST_SPAN), 0 if initial is None else batch,
         RUN=tiles.run, PLANES=planes, SAVES=saved.numel() > 0, WANTS_STATE=state.numel() > 0,
-        MAKES=operators is None, HAS_D=d is not None, IS_FULL=tiles.fullness == 1,
-        num_warps=4, maxnreg=168 if planes == 1 else None,
+        MAKES=operators is None, HAS_D=d is not None, HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None,
+        IS_FULL=tiles.fullness == 1, num_warps=4, maxnreg=168 if planes == 1 else None,
     )  # fmt: skip
 
 
@@ -189,7 +194,7 @@ def launch_hopper_backward(
 
     Args:
         tiles: From `whole_tiles` or `cut_tiles`.
-        inputs: As in `ssm_conv_fwd`, both gates among them.
+        inputs: As in `ssm_conv_fwd`.
         operators: Chunk operators in bfloat16, or None: each program makes its own.
         dout: Gradient of y.
         saved: The states before every 256 samples, (B, H, L / 256, 32, 2).
@@ -204,9 +209,7 @@ def launch_hopper_backward(
     from hippos.ops.ssm_conv.kernels_hopper_backward import ssm_conv_bwd_hopper_kernel
 
     u, log_a, b, c, d, in_gate, out_gate, _ = inputs
-    assert in_gate is not None  # both seen by takes_hopper_backward
-    assert out_gate is not None
-    (batch, n_heads, seqlen), signals = u.shape, (u, in_gate, out_gate, dout)
+    (batch, n_heads, seqlen), signals = u.shape, (u, _or(in_gate, u), _or(out_gate, u), dout)
     per_program = groups_per_program(n_heads, tiles.n_groups, PROGRAMS)
     splits = triton.cdiv(tiles.n_groups, per_program)
     ends = operators is None and splits == 1
@@ -216,12 +219,13 @@ def launch_hopper_backward(
     if operators is not None:
         stored = (operators.taps, operators.into, operators.outof, operators.decay)
     ssm_conv_bwd_hopper_kernel[(n_heads * splits,)](
-        *signals, *gradients, *stored, log_a, b, c, log_a if d is None else d, saved,
-        log_a if later is None else later, *(partial or (log_a,) * 4), *parameters,
+        *signals, *gradients, *stored, log_a, b, c, _or(d, log_a), saved,
+        _or(later, log_a), *(partial or (log_a,) * 4), *parameters,
         *(stride for signal in signals for stride in signal.stride()[:2]),
         n_heads, log_a.shape[1], batch, seqlen, tiles.pieces.per_sequence, tiles.pieces.length, tiles.n_tiles,
         tiles.n_groups, per_program, saved.shape[2], 0 if later is None else tiles.pieces.total,
         RUN=tiles.run, IS_CUT=tiles.pieces.is_cut, IS_FULL=tiles.fullness == 1,
-        MAKES=operators is None, ENDS=ends, HAS_D=d is not None, num_warps=8,
+        MAKES=operators is None, ENDS=ends,
+        HAS_D=d is not None, HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None, num_warps=8,
     )  # fmt: skip
     return partial, splits
