@@ -41,8 +41,11 @@ class GradientMean:
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         torch._foreach_copy_(self._views, gradients)
         for flat in self._flat:
-            dist.all_reduce(flat)
-        torch._foreach_div_(self._flat, dist.get_world_size())
+            if flat.is_cuda:
+                dist.all_reduce(flat, dist.ReduceOp.AVG)
+            else:  # gloo has no mean
+                dist.all_reduce(flat)
+                flat /= dist.get_world_size()
         for parameter, view in zip(trained, self._views, strict=True):
             parameter.grad = view
 
