@@ -102,6 +102,15 @@ def test_the_norm_once_more_on_a_gpu(generator):
     check_renorm(generator, "cuda", torch.bfloat16)
 
 
+@pytest.mark.gpu
+def test_the_operator_keeps_its_promises(generator):
+    tensors, _ = make(generator, (30, 48), torch.bfloat16, "cuda")
+    args = (*(tensors[name] for name in ("stream", "update", "update_bias", "weight", "bias")), 1e-5, torch.bfloat16)
+    torch.library.opcheck(torch.ops.hippos.add_norm, args, test_utils=("test_schema", "test_faketensor"))
+    args = (args[0], None, None, *args[3:])
+    torch.library.opcheck(torch.ops.hippos.add_norm, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.skipif(IS_INTERPRETED, reason="Triton's interpreter runs on a CPU")
 class TestOnACPU:
     """Plain PyTorch, and what is refused."""

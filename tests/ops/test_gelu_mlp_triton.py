@@ -79,6 +79,15 @@ def test_kernels_on_a_gpu(generator, shape, d_ff, dtypes, recomputes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_operator_keeps_its_promises(generator, weight_dtype, recomputes):
+    tensors, _ = make(generator, (2, 30, 16), 64, torch.bfloat16, weight_dtype, "cuda")
+    args = (*tensors, True, recomputes)
+    torch.library.opcheck(torch.ops.hippos.gelu_mlp, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
 def test_gradients_of_float32_weights_are_not_rounded(generator):
     tensors, dout = make(generator, (4096, 64), 256, torch.bfloat16, torch.float32, "cuda")
     _, _, dw1, _, dw2 = run(tensors, dout, impl="triton")

@@ -5,10 +5,12 @@ takes ``impl``: "reference" is the definition, "torch" is fast on any device, "t
 "auto" chooses.
 """
 
+from hippos.ops.add_norm import add_norm
 from hippos.ops.arguments import Impl
 from hippos.ops.cross_entropy import linear_cross_entropy
 from hippos.ops.discretise import discretise
 from hippos.ops.fft_conv import fft_conv
+from hippos.ops.gelu_mlp import gelu_mlp
 from hippos.ops.h3_mix import H3State, h3_mix
 from hippos.ops.ssm_conv import ssm_conv
 from hippos.ops.ssm_filter import shift_filter, ssm_filter
@@ -19,10 +21,12 @@ from hippos.ops.ssm_step import h3_step, ssm_step
 __all__ = [
     "H3State",
     "Impl",
+    "add_norm",
     "discretise",
     "dplr_filter",
     "dss_filter",
     "fft_conv",
+    "gelu_mlp",
     "h3_mix",
     "h3_step",
     "linear_cross_entropy",
