@@ -248,7 +248,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize(
-        ("batch", "seqlen"), [(3, 1), (3, 2), (3, 63), (3, 64), (3, 65), (3, 1000), (20, 1000), (1, 4097)]
+        ("batch", "seqlen"), [(3, 1), (3, 2), (3, 63), (3, 64), (3, 65), (3, 1000), (20, 1000), (1, 4097), (2, 9000)]
     )
     def test_outputs_and_gradients(self, batch, seqlen, dtype):
         inputs = make_inputs(batch, 3, seqlen, 64, 32, dtype)
