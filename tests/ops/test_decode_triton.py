@@ -12,8 +12,10 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.decode import (
     BIAS_COLUMNS,
+    StepBooks,
     add_norm,
     attention_step,
+    finish_step,
     greedy_step,
     linear_step,
     linear_step_parts,
@@ -117,6 +119,34 @@ def test_parts_are_added_and_normalised(generator, device, dtype, batch, n_rows,
     kept = stream.clone()
     assert distance(add_norm(stream, None, None, *norm, 1e-5), wanted) < TOLERANCES[dtype]
     assert torch.equal(stream, kept)
+
+
+@on_a_device
+@dtypes
+@pytest.mark.parametrize("n_parts", [0, 3])
+def test_the_end_of_a_step_keeps_the_books(generator, device, dtype, n_parts):
+    skip_interpreted_bfloat16(device, dtype)
+    batch, d_model, n_tokens = 3, 192, 11
+    x = draw(generator, batch, d_model, device=device, dtype=dtype)
+    parts = draw(generator, 3, batch, d_model, device=device, dtype=torch.float32) if n_parts else None
+    bias, weight, shift = (draw(generator, d_model, device=device, dtype=dtype) for _ in range(3))
+    books = []
+    for impl in ("triton", "reference"):
+        kept = StepBooks(
+            hidden=torch.full_like(x, torch.nan),
+            tokens=torch.tensor([4, 0, 10], device=device),
+            seen=torch.zeros(batch, 2 * n_tokens, dtype=torch.bool, device=device)[:, :n_tokens],
+            lengths=torch.tensor([7, 1, 100], device=device),
+            ring=torch.tensor([41], device=device),
+        )
+        finish_step(x.clone(), parts, bias if n_parts else None, (weight, shift, 1e-5), kept, impl=impl)
+        books.append(kept)
+    found, wanted = books
+    assert distance(found.hidden, wanted.hidden) < TOLERANCES[dtype]
+    assert found.seen.nonzero().tolist() == [[0, 4], [1, 0], [2, 10]]
+    assert found.lengths.tolist() == [8, 2, 101]
+    assert found.ring.tolist() == [42]
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], wanted[1:], strict=True))
 
 
 @on_a_device

@@ -12,7 +12,16 @@ from hippos.layers import H3
 from hippos.layers.projections import is_plain_linear
 from hippos.layers.rotary import apply_rotary, rotary_angles
 from hippos.models.attention import CachedSelfAttention
-from hippos.ops.decode import StepNorm, add_norm, attention_step, linear_step, linear_step_parts, takes_kernels
+from hippos.ops.decode import (
+    StepBooks,
+    StepNorm,
+    add_norm,
+    attention_step,
+    finish_step,
+    linear_step,
+    linear_step_parts,
+    takes_kernels,
+)
 from hippos.ops.ssm_step import h3_step_prepared
 
 
@@ -45,15 +54,18 @@ class FusedStep:
         return True
 
     def advance(self, tokens: Tensor, state: GenerationState) -> None:
-        """Advance the layers' states and ``state.hidden`` by tokens, shape (B,)."""
+        """Advance the state by tokens, shape (B,), but for the host's counts."""
         body = self._body
         x = F.embedding(tokens, body.embed_tokens.weight)  # (B, D), changed in place from here on
         if body.embed_positions is not None:
             x = x + body.embed_positions(state.lengths)
+        books = StepBooks(state.hidden, tokens, state.seen, state.lengths, state.ring)
         if len(tokens) == 1:
             self._advance_one(x, state)
+            finish_step(x, None, None, _norm(body.norm), books)
         else:
-            self._advance_few(x, state)
+            parts, bias = self._advance_few(x, state)
+            finish_step(x, parts, bias, _norm(body.norm), books)
 
     def _advance_one(self, x: Tensor, state: GenerationState) -> None:
         for block, layer in zip(self._body.layers, state.layers, strict=True):
@@ -65,9 +77,9 @@ class FusedStep:
                 linear_step(mixed, [mixer.out_proj.weight], [mixer.out_proj.bias], add_to=x)
             inner = linear_step(x, [mlp.fc1.weight], [mlp.fc1.bias], norm=_norm(block.norm2), gelu=True)
             linear_step(inner, [mlp.fc2.weight], [mlp.fc2.bias], add_to=x)
-        state.hidden.copy_(add_norm(x, None, None, *_norm(self._body.norm)))
 
-    def _advance_few(self, x: Tensor, state: GenerationState) -> None:
+    def _advance_few(self, x: Tensor, state: GenerationState) -> tuple[Tensor, Tensor]:
+        """Give what is still to be added to the stream: parts of a sum, and a bias."""
         blocks = list(self._body.layers)
         u = add_norm(x, None, None, *_norm(blocks[0].norm1))
         for i, (block, layer) in enumerate(zip(blocks, state.layers, strict=True)):
@@ -81,9 +93,9 @@ class FusedStep:
                 u = add_norm(x, parts, mixer.out_proj.bias, *_norm(block.norm2))
             inner = linear_step(u, [mlp.fc1.weight], [mlp.fc1.bias], gelu=True)
             parts = linear_step_parts(inner, mlp.fc2.weight)
-            following = blocks[i + 1].norm1 if i + 1 < len(blocks) else self._body.norm
-            u = add_norm(x, parts, mlp.fc2.bias, *_norm(following))
-        state.hidden.copy_(u)
+            if i + 1 < len(blocks):
+                u = add_norm(x, parts, mlp.fc2.bias, *_norm(blocks[i + 1].norm1))
+        return parts, mlp.fc2.bias
 
     def _mix(
         self, mixer: nn.Module, u: Tensor, layer: Any, state: GenerationState, *, norm: StepNorm | None

@@ -117,8 +117,8 @@ class H3Decoder:
         with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]  # where kernels are launched
             if self._fused is not None and len(tokens) <= MOST_ROWS:
                 self._fused.advance(tokens, self.state)
-            else:
-                self._advance(tokens)
+                return
+            self._advance(tokens)
         self.state.seen.scatter_(1, tokens.unsqueeze(1), True)
         self.state.lengths.add_(1)
         self.state.ring.add_(1)

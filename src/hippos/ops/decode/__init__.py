@@ -14,8 +14,10 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.decode.reference import (
+    StepBooks,
     add_norm_reference,
     attention_step_reference,
+    finish_step_reference,
     greedy_step_reference,
     linear_step_reference,
     norm_tokens_reference,
@@ -25,8 +27,10 @@ from hippos.ops.kernel_device import why_not_device
 __all__ = [
     "BIAS_COLUMNS",
     "MOST_ROWS",
+    "StepBooks",
     "add_norm",
     "attention_step",
+    "finish_step",
     "greedy_step",
     "linear_step",
     "linear_step_parts",
@@ -160,6 +164,33 @@ def add_norm(
     from hippos.ops.decode.launch import add_norm_launch
 
     return add_norm_launch(x, parts, bias, norm_weight, norm_bias, eps)
+
+
+def finish_step(
+    x: Tensor,
+    parts: Tensor | None,
+    bias: Tensor | None,
+    norm: StepNorm,
+    books: StepBooks,
+    *,
+    impl: StepImpl = "triton",
+) -> None:
+    """Make the last normalised stream of a step, and note that each text has one token more.
+
+    Args:
+        x: The stream, shape (B, D), contiguous; what becomes of it is not said.
+        parts: From `linear_step_parts`, shape (n, B, D), float32; added first, with ``bias``, if there are any.
+        bias: Shape (D,).
+        norm: Weight, bias and epsilon of the LayerNorm.
+        books: What is written, in place.
+        impl: "triton" or "reference".
+    """
+    if impl == "reference":
+        finish_step_reference(x, parts, bias, norm, books)
+        return
+    from hippos.ops.decode.launch import finish_step_launch
+
+    finish_step_launch(x, parts, bias, norm, books)
 
 
 def norm_tokens(

@@ -185,6 +185,53 @@ def add_norm_kernel(
 
 
 @triton.jit
+def finish_step_kernel(
+    x_ptr,
+    parts_ptr,
+    b_ptr,
+    norm_w_ptr,
+    norm_b_ptr,
+    hidden_ptr,
+    tokens_ptr,
+    seen_ptr,
+    lengths_ptr,
+    ring_ptr,
+    seen_stride,
+    batch,
+    eps,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """As `add_norm_kernel`, but x is not kept; and each text has one token more, which it has seen."""
+    pid_b = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = offs_d < D
+    place = pid_b * D + offs_d
+    norm_w = tl.load(norm_w_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        x += tl.load(b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            x += tl.load(parts_ptr + part * batch * D + place, mask=mask, other=0.0)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(mask, x - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    tl.store(hidden_ptr + place, (centred * scale * norm_w + norm_b).to(hidden_ptr.dtype.element_ty), mask=mask)
+    token = tl.load(tokens_ptr + pid_b)
+    tl.store(seen_ptr + pid_b.to(tl.int64) * seen_stride + token, True)
+    tl.store(lengths_ptr + pid_b, tl.load(lengths_ptr + pid_b) + 1)
+    if pid_b == 0:
+        tl.store(ring_ptr, tl.load(ring_ptr) + 1)
+
+
+@triton.jit
 def norm_tokens_kernel(
     x_ptr,
     shift_ptr,

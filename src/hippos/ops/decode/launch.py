@@ -13,6 +13,7 @@ from hippos.ops.decode.kernels import (
     add_norm_kernel,
     attention_join_kernel,
     attention_step_kernel,
+    finish_step_kernel,
     greedy_join_kernel,
     greedy_part_kernel,
     norm_tokens_kernel,
@@ -20,6 +21,7 @@ from hippos.ops.decode.kernels import (
     vector_linear_kernel,
 )
 from hippos.ops.decode.launch_hopper import rows_linear_hopper, takes_hopper
+from hippos.ops.decode.reference import StepBooks
 from hippos.ops.kernel_device import can_overlap_launches
 
 MOST_ROWS = 64
@@ -170,6 +172,34 @@ def add_norm_launch(
         **_overlap(x),
     )
     return u
+
+
+def finish_step_launch(
+    x: Tensor, parts: Tensor | None, bias: Tensor | None, norm: tuple[Tensor, Tensor, float], books: StepBooks
+) -> None:
+    """Arguments as in `finish_step`."""
+    batch, d_model = x.shape
+    norm_weight, norm_bias, eps = norm
+    finish_step_kernel[(batch,)](
+        x,
+        x if parts is None else parts,
+        x if bias is None else bias,
+        norm_weight,
+        norm_bias,
+        books.hidden,
+        books.tokens,
+        books.seen,
+        books.lengths,
+        books.ring,
+        books.seen.stride(0),
+        batch,
+        eps,
+        D=d_model,
+        PARTS=0 if parts is None else parts.shape[0],
+        BLOCK_D=triton.next_power_of_2(d_model),
+        num_warps=4,
+        **_overlap(x),
+    )
 
 
 def norm_tokens_launch(

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class StepBooks(NamedTuple):
+    """What is kept of texts from step to step, beside the layers' states; all but ``tokens`` is written.
+
+    Attributes:
+        hidden: The last normalised stream, shape (B, D), contiguous.
+        tokens: The tokens of this step, shape (B,), int64.
+        seen: True at tokens that a text holds, shape (B, V), bool, last stride 1.
+        lengths: Tokens of each text, shape (B,), int64.
+        ring: Steps since the last reading, shape (1,), int64.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    seen: Tensor
+    lengths: Tensor
+    ring: Tensor
 
 
 def linear_step_reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool) -> Tensor:
@@ -23,6 +42,16 @@ def add_norm_reference(
     if parts is not None and bias is not None:
         x.copy_(x.float() + parts.sum(0) + bias.float())
     return F.layer_norm(x.float(), x.shape[1:], norm_weight.float(), norm_bias.float(), eps).to(x.dtype)
+
+
+def finish_step_reference(
+    x: Tensor, parts: Tensor | None, bias: Tensor | None, norm: tuple[Tensor, Tensor, float], books: StepBooks
+) -> None:
+    """Arguments as in `finish_step`."""
+    books.hidden.copy_(add_norm_reference(x, parts, bias, *norm))
+    books.seen.scatter_(1, books.tokens.unsqueeze(1), True)
+    books.lengths.add_(1)
+    books.ring.add_(1)
 
 
 def norm_tokens_reference(
