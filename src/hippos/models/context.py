@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from hippos.errors import UnsupportedError
+from hippos.errors import ConfigError, UnsupportedError
 from hippos.layers import H3, SSMLayer
 from hippos.layers.arguments import without_autocast
 from hippos.layers.h3 import _no_shift
@@ -226,7 +226,10 @@ def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
         shift = _no_shift(mixer.d_model, diag.skip) if mixer.shift is None else mixer.shift.operators()
         n_keys = shift.filter.shape[1] - 1
         if n_keys > seqlen:
-            raise ValueError(f"each process needs at least the {n_keys} tokens of the shift SSM's past, got {seqlen}")
+            raise ConfigError(
+                f"each process needs at least the {n_keys} tokens of the shift SSM's past, got {seqlen}: share "
+                "a sequence among fewer processes, or make it longer"
+            )
         head_dim, log_a, c = mixer.head_dim, diag.log_a.detach(), diag.c.detach()
         before = part.recall(mixer)
         if before is None:
