@@ -42,6 +42,37 @@ def compute(model: H3ForCausalLM, arguments: dict[str, Any]) -> tuple[torch.Tens
     return loss.detach(), found
 
 
+def count_exchanges(kinds: dict[str, dict[str, Any]], out: Path) -> None:
+    """How often processes exchange tensors in a step, with and without activation checkpointing."""
+    import torch.distributed as dist
+
+    from hippos.models import context
+
+    dist.init_process_group("gloo")
+    part, exchange, counts = ContextPart.of(dist.group.WORLD), context._gathered, {}
+    for name, fields in kinds.items():
+        for is_repeated in (False, True):
+            calls: list[object] = []
+            context._gathered = lambda *arguments, calls=calls: calls.append(arguments) or exchange(*arguments)
+            model, ids, targets = make(fields, torch.float32)
+            if is_repeated:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            compute(model, split_context(ids, targets, part))
+            counts[name, is_repeated] = len(calls)
+    if part.rank == 0:
+        torch.save(counts, out)
+
+
+def test_repeated_passes_exchange_nothing(tmp_path: Path) -> None:
+    kinds = {name: KINDS[name] for name in ("pure", "gss")}
+    run_workers(2, count_exchanges, kinds, tmp_path / "counts.pt", log=tmp_path / "log")
+    counts = torch.load(tmp_path / "counts.pt")
+    layers = SIZES["num_hidden_layers"]
+    # Keys, states, and the gradient of states; layers without a shift SSM have no keys to pass on.
+    assert counts["pure", True] == counts["pure", False] == 3 * layers
+    assert counts["gss", True] == counts["gss", False] == 2 * layers
+
+
 def compute_parts(kinds: dict[str, dict[str, Any]], dtype: torch.dtype, out: Path) -> None:
     """Loss and gradients of every kind of model, by all processes together."""
     import torch.distributed as dist
