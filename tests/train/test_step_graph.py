@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from hippos.errors import ConfigError
+from hippos.evaluate import score_packed
 from hippos.models import H3Config, H3ForCausalLM
-from hippos.train import RunProgress, TrainConfig, apply_settings, train
+from hippos.train import RunProgress, TrainConfig, TrainResult, apply_settings, train
 from hippos.train.compilation import compile_blocks
 from hippos.train.metrics import read_metrics
 from hippos.train.processes import Processes
 from hippos.train.step_graph import GraphedPasses, uses_graph
+from tests.train.left import QUIET, losses
 
 # Dynamo looks at the .grad of a block's input while it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -42,6 +47,60 @@ def test_a_graph_that_cannot_be_is_refused(tiny: TrainConfig) -> None:
     for name in ("reset_at_documents", "activation_checkpointing"):
         with pytest.raises(ConfigError, match=f"run.cuda_graph does not go with .*{name}"):
             apply_settings(wanted, [f"{name}=yes"])
+
+
+class _Graphed:
+    """In place of `GraphedPasses`: runs the passes as they are, or finds no memory."""
+
+    is_full = False
+    made = 0
+
+    def __init__(self, passes: Callable[..., Tensor], *args: object, accumulates: bool) -> None:
+        if _Graphed.is_full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        _Graphed.made += 1
+        self._passes = passes
+
+    def __call__(self, inputs: dict[str, Tensor], *, adds: bool) -> Tensor:
+        return self._passes(inputs)
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> type[_Graphed]:
+    monkeypatch.setattr("hippos.train.trainer.GraphedPasses", _Graphed)
+    monkeypatch.setattr("hippos.train.trainer.uses_graph", lambda *args: True)
+    monkeypatch.setattr(_Graphed, "is_full", False)
+    monkeypatch.setattr(_Graphed, "made", 0)
+    return _Graphed
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_run_without_memory_for_a_graph_goes_on_without(
+    tiny: TrainConfig, finished: TrainResult, tmp_path: Path, graphed: type[_Graphed], is_full: bool
+) -> None:
+    graphed.is_full = is_full
+    output = io.StringIO()
+    train(tiny, tmp_path / "run", progress=RunProgress(console=Console(file=output, width=200)))
+    assert losses(tmp_path / "run") == losses(finished.run)
+    assert ("no memory for a CUDA graph" in output.getvalue()) == is_full
+    assert graphed.made == (not is_full)
+
+
+def test_validation_may_take_the_graphs_memory(
+    tiny: TrainConfig, finished: TrainResult, tmp_path: Path, graphed: type[_Graphed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True, False, False, False]
+
+    def score(*args: object, **options: object) -> object:
+        if full.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score_packed(*args, **options)
+
+    monkeypatch.setattr("hippos.train.trainer.score_packed", score)
+    train(tiny, tmp_path / "run", progress=QUIET)
+    assert full == []
+    assert graphed.made == 2
+    assert losses(tmp_path / "run") == losses(finished.run)
 
 
 def _model() -> H3ForCausalLM:

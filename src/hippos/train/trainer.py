@@ -31,7 +31,7 @@ from hippos.data import (
     micro_batch_rows,
 )
 from hippos.errors import TrainingError
-from hippos.evaluate import score_packed
+from hippos.evaluate import TextScore, score_packed
 from hippos.layers import param_groups
 from hippos.models.context import ContextPart, split_context
 from hippos.train.arguments import (
@@ -256,7 +256,16 @@ class RunTrainer(CheckpointingTrainer):
         """The passes from their graph, which the first micro batch makes."""
         if self._graph is None:
             accumulates = self.args.gradient_accumulation_steps > 1
-            self._graph = GraphedPasses(partial(passes, model), model.parameters(), inputs, accumulates=accumulates)
+            try:
+                self._graph = GraphedPasses(partial(passes, model), model.parameters(), inputs, accumulates=accumulates)
+            except torch.OutOfMemoryError:
+                if self.config.run.cuda_graph:
+                    raise
+                self._uses_graph = False
+                self.progress.note("There is no memory for a CUDA graph of the passes: the host launches them")
+        if self._graph is None:
+            model.zero_grad()
+            return passes(model, inputs)
         return self._graph(inputs, adds=isinstance(self._step_loss, Tensor))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
@@ -325,19 +334,29 @@ class RunTrainer(CheckpointingTrainer):
         self.progress.metrics(step, total, {**row, **memory}, self._clock.seconds_left(step, total))
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
 
+    def _score(self, validation: PackedTokens) -> TextScore:
+        with self.accelerator.autocast(), without_compilation():
+            return score_packed(
+                self.model,
+                validation,
+                window=self.config.data.seqlen,
+                batch_size=self.config.run.eval_batch_size,
+                reset_at_documents=self.config.data.reset_at_documents,
+                part=(self.processes.rank, self.processes.world_size),
+            )
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation text, in windows of the training length that do not overlap."""
         row: dict[str, float] = {}
         if self.validation is not None:
-            with self.accelerator.autocast(), without_compilation():
-                score = score_packed(
-                    self.model,
-                    self.validation,
-                    window=self.config.data.seqlen,
-                    batch_size=self.config.run.eval_batch_size,
-                    reset_at_documents=self.config.data.reset_at_documents,
-                    part=(self.processes.rank, self.processes.world_size),
-                )
+            try:
+                score = self._score(self.validation)
+            except torch.OutOfMemoryError:
+                if self._graph is None:
+                    raise
+                self._graph = None  # it holds all activations; the next step captures it anew
+                torch.cuda.empty_cache()
+                score = self._score(self.validation)
             reshard(self.model)
             score = replace(score, nll_sum=sum(self.processes.gather(score.nll_sum)))
             row = {
