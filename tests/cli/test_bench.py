@@ -49,6 +49,13 @@ def test_out_writes_result_and_figure(run, tmp_path):
     assert str(folder / names[0]) in done.stderr
 
 
+def test_a_folder_that_cannot_be_is_told_before_anything_is_measured(run, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(*QUICK, "--out", str(tmp_path / "file"))
+    assert done.exit_code == 1
+    assert done.stderr == f"hippos: error: File exists: {tmp_path / 'file'}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

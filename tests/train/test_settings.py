@@ -38,6 +38,11 @@ def test_settings_are_checked_together(tiny: TrainConfig) -> None:
         assert apply_settings(tiny, settings) == apply_settings(tiny, settings[::-1])
 
 
+def test_names_with_commas_are_written_in_json(tiny: TrainConfig) -> None:
+    assert apply_settings(tiny, ["corpus=a.txt,b.txt"]).data.corpus == ("a.txt", "b.txt")
+    assert apply_settings(tiny, ['corpus=["a,b.txt", "[c].txt"]']).data.corpus == ("a,b.txt", "[c].txt")
+
+
 def test_later_settings_win(tiny: TrainConfig) -> None:
     assert apply_settings(tiny, ["steps=1", "steps=2"]).optim.steps == 2
 

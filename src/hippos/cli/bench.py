@@ -48,6 +48,8 @@ def bench(
     from hippos.bench.harness import print_result, run_suite, write_figures
 
     chosen = load_suite(suite)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before minutes are spent
     with _progress() as progress:
         result = run_suite(
             chosen,

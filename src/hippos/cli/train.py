@@ -98,7 +98,7 @@ def _source_settings(text: list[str] | None, validation: list[str] | None, token
     wanted = []
     for key, places in (("data.corpus", text), ("data.validation", validation)):
         if places:
-            wanted.append(f"{key}={','.join(map(full, places))}")
+            wanted.append(f"{key}={json.dumps([full(place) for place in places], ensure_ascii=False)}")
     if tokenizer:
         wanted.append(f"data.tokenizer={full(tokenizer)}")
     return wanted

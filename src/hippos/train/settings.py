@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import json
 import types
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -82,13 +84,20 @@ def parse_value(text: str, annotation: Any, *, name: str) -> Any:
         inner = [argument for argument in arguments if argument is not type(None)]
         return parse_value(text, inner[0], name=name)
     if origin in (tuple, list):
-        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
-        return origin(parse_value(item, arguments[0], name=name) for item in items)
+        return origin(parse_value(item, arguments[0], name=name) for item in _items(text))
     if origin is Literal:
         if text not in arguments:
             raise ConfigError(f"{name} must be one of {', '.join(arguments)}, got {text!r}")
         return text
     return _parse_plain(text, annotation, name)
+
+
+def _items(text: str) -> list[str]:
+    """The texts of a list: between commas, or in JSON, where each may hold commas itself."""
+    if text.startswith('["'):
+        with contextlib.suppress(ValueError):
+            return [str(item) for item in json.loads(text)]
+    return [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
 
 
 def _parse_plain(text: str, annotation: Any, name: str) -> Any:
