@@ -51,14 +51,12 @@ def stack_projections(projections: Projections, dtype: torch.dtype) -> Stacked:
             torch.cat(present, out=stacked.biases)
             stacked.rounded.copy_(stacked.biases)
         return stacked
-    import triton
-
     from hippos.ops.h3_mix.kernels_stack import stack_kernel
 
     matrices = [weight.contiguous() for weight in weights]
     vectors = [bias.contiguous() for bias in present]
     n_weights = matrices[0].numel()
-    stack_kernel[(triton.cdiv(n_weights, BLOCK), 4)](
+    stack_kernel[(-(-n_weights // BLOCK), 4)](
         *matrices, *(vectors or matrices), *stacked, n_weights, d_model, HAS_BIAS=bool(vectors), BLOCK=BLOCK
     )
     return stacked
