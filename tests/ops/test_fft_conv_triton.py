@@ -63,13 +63,15 @@ def run(inputs, impl, *, causal=True, dtype=None):
     return [y.detach(), *(None if x is None else x.grad for x in inputs)]
 
 
-def assert_accurate(inputs, found, wanted):
+def assert_accurate(inputs, found, wanted, plain=None):
+    """Hold errors against those of `plain`, or, without it, against what plain float32 makes of such inputs."""
     dtype = inputs[0].dtype
-    for name, left, right in zip(NAMES, found, wanted, strict=True):
+    for place, (name, left, right) in enumerate(zip(NAMES, found, wanted, strict=True)):
         if right is None:
             assert left is None
             continue
-        limit = LIMITS[dtype][name != "y"] * ROUNDING[dtype]
+        rounding = ROUNDING[dtype] if plain is None else relative_error(plain[place].cpu(), right.cpu())
+        limit = LIMITS[dtype][name != "y"] * rounding
         limit *= 1 if right.numel() > 256 else 3  # few numbers do not average their errors out
         error = relative_error(left.cpu(), right.cpu())
         assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.2e}"
@@ -302,7 +304,9 @@ class TestGpu:
     def test_longest(self, dtype):
         seqlen = longest(dtype, torch.device("cuda"))
         inputs = make_inputs(2, 2, seqlen, seqlen, dtype, "cuda")
-        assert_accurate(inputs, run(inputs, "triton"), run(inputs, "torch", dtype=torch.float64))
+        wanted = run(inputs, "torch", dtype=torch.float64)
+        # At this length a GPU's own FFT in float32 is 1.5 times as far from float64 as the CPU's.
+        assert_accurate(inputs, run(inputs, "triton"), wanted, plain=run(inputs, "torch"))
 
     @pytest.mark.parametrize("absent", [absent for n in range(1, 4) for absent in itertools.combinations((2, 3, 4), n)])
     def test_absent_arguments(self, absent):
