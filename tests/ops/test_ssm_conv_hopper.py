@@ -15,7 +15,7 @@ from tests.ops.ssm_cases import Draw, relative_error
 
 FOLDER = Path(chunked.__file__).parent
 CHUNK, MODES = 64, 32
-MODULES = ("kernels", "kernels_operators", "kernels_hopper", "kernels_hopper_operators")
+MODULES = ("kernels", "kernels_operators", "kernels_hopper", "kernels_hopper_scan", "kernels_hopper_operators")
 BACKWARD = ("kernels_hopper_parameters", "kernels_hopper_backward")
 ROUNDING = {torch.bfloat16: 1.65e-3, torch.float16: 2.1e-4}
 

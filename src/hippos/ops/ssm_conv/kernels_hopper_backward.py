@@ -18,15 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from hippos.ops.ssm_conv.kernels_hopper import (
     SHARED,
-    allocate_totals,
-    carry_mode,
-    carry_piece,
     half_layout,
     half_mode,
     halves,
     mma_layout,
-    no_carry,
-    pass_states,
     row_piece,
     row_step,
     rows_layout,
@@ -34,6 +29,7 @@ from hippos.ops.ssm_conv.kernels_hopper import (
 )
 from hippos.ops.ssm_conv.kernels_hopper_operators import make_operators, read_operators
 from hippos.ops.ssm_conv.kernels_hopper_parameters import store_parameter_gradients
+from hippos.ops.ssm_conv.kernels_hopper_scan import allocate_totals, carry_mode, carry_piece, no_carry, pass_states
 
 MMA = gl.constexpr(mma_layout(8))
 HALF = gl.constexpr(half_layout(8))

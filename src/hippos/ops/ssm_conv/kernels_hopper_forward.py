@@ -17,23 +17,19 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from hippos.ops.ssm_conv.kernels import exponent_to_half, two_to
 from hippos.ops.ssm_conv.kernels_hopper import (
     SHARED,
-    allocate_totals,
-    carry_mode,
-    carry_piece,
     half_lane,
     half_mode,
     half_piece,
     half_warp,
     halves,
     mma_layout,
-    no_carry,
-    pass_states,
     row_piece,
     row_step,
     rows_layout,
     whole,
 )
 from hippos.ops.ssm_conv.kernels_hopper_operators import make_operators, read_operators
+from hippos.ops.ssm_conv.kernels_hopper_scan import allocate_totals, carry_mode, carry_piece, no_carry, pass_states
 
 MMA = gl.constexpr(mma_layout(4))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
@@ -122,16 +118,16 @@ def ssm_conv_fwd_hopper_kernel(
     y_ptr += channel.to(gl.int64) * y_stride_h
 
     # Two tiles of each signal; the output takes the place of its gate.
-    u_tiles = gl.allocate_shared_memory(u_ptr.dtype.element_ty, [2, 64, 64], SHARED)
-    in_tiles = gl.allocate_shared_memory(in_gate_ptr.dtype.element_ty, [2, 64, 64], SHARED)
+    u_tile = gl.allocate_shared_memory(u_ptr.dtype.element_ty, [64, 64], SHARED)
+    in_tile = gl.allocate_shared_memory(in_gate_ptr.dtype.element_ty, [64, 64], SHARED)
     out_tiles = gl.allocate_shared_memory(out_gate_ptr.dtype.element_ty, [2, 64, 64], SHARED)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     sequence, sample = row_piece(row, RUN), row_step(row, RUN) * 64
     group, tile, slot = first_group, 0, 0
     first = group * SEQUENCES
-    _copy(u_tiles.index(0), u_ptr, first, sequence, u_stride_b, sample, batch, seqlen, IS_FULL)
+    _copy(u_tile, u_ptr, first, sequence, u_stride_b, sample, batch, seqlen, IS_FULL)
     if HAS_IN:
-        _copy(in_tiles.index(0), in_gate_ptr, first, sequence, in_stride_b, sample, batch, seqlen, IS_FULL)
+        _copy(in_tile, in_gate_ptr, first, sequence, in_stride_b, sample, batch, seqlen, IS_FULL)
     if HAS_OUT:
         _copy(out_tiles.index(0), out_gate_ptr, first, sequence, out_stride_b, sample, batch, seqlen, IS_FULL)
     async_copy.commit_group()
@@ -152,23 +148,24 @@ def ssm_conv_fwd_hopper_kernel(
     for item in range(n_items):
         async_copy.wait_group(0)
         gl.thread_barrier()
+        out_tile = out_tiles.index(slot)
+        x = u_tile.load(MMA).to(gl.float32)
+        if HAS_IN:
+            x *= in_tile.load(MMA).to(gl.float32)
+        gl.thread_barrier()
         # The next tile's samples, or once more the last tile's.
         is_more = item + 1 < n_items
         ends_group = tile == n_tiles - 1
         next_group = gl.where(ends_group & is_more, group + 1, group)
         next_tile = gl.where(is_more, gl.where(ends_group, 0, tile + 1), tile)
         first, later = next_group * SEQUENCES, sample + next_tile * (RUN * 64)
-        _copy(u_tiles.index(1 - slot), u_ptr, first, sequence, u_stride_b, later, batch, seqlen, IS_FULL)
+        _copy(u_tile, u_ptr, first, sequence, u_stride_b, later, batch, seqlen, IS_FULL)
         if HAS_IN:
-            _copy(in_tiles.index(1 - slot), in_gate_ptr, first, sequence, in_stride_b, later, batch, seqlen, IS_FULL)
+            _copy(in_tile, in_gate_ptr, first, sequence, in_stride_b, later, batch, seqlen, IS_FULL)
         if HAS_OUT:
             _copy(out_tiles.index(1 - slot), out_gate_ptr, first, sequence, out_stride_b, later, batch, seqlen, IS_FULL)
         async_copy.commit_group()
 
-        out_tile = out_tiles.index(slot)
-        x = u_tiles.index(slot).load(MMA).to(gl.float32)
-        if HAS_IN:
-            x *= in_tiles.index(slot).load(MMA).to(gl.float32)
         x, x_exponent = _left(x, 100)
         v = _add_product(x, into, into_rest, zeros, False, PLANES)
         # The states before the chunks.

@@ -12,7 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from hippos.ops.ssm_conv.kernels import exponent_to_half, two_to
-from hippos.ops.ssm_conv.kernels_hopper import SHARED, half_layout, keep_powers, rows_layout
+from hippos.ops.ssm_conv.kernels_hopper import SHARED, half_layout, rows_layout
+from hippos.ops.ssm_conv.kernels_hopper_scan import keep_powers
 from hippos.ops.ssm_conv.kernels_operators import complex_power, phase_of
 
 
