@@ -57,3 +57,13 @@ def test_goals_are_those_that_were_set() -> None:
     assert goals == {1024: 1.05, 2048: 1.15, 8192: 1.5, 32768: 2.4}
     assert [size.seqlen for size in TRAINING_STEP.sizes if FRUGAL in size.models] == [8192]
     assert SUITE.device == "cuda"
+
+
+def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr("hippos.bench.cases.training_step.compile_blocks", compiled.append)
+    monkeypatch.setattr("torch.compile", lambda function, **options: function)
+    size = dataclasses.replace(TRAINING_STEP.quick_sizes[0], compiled=(GPT2,), has_parts=False)
+    prepare_training_step(size, CPU)
+    assert [type(model).__name__ for model in compiled] == ["GPT2LMHeadModel"]
+    assert all(GPT2 in size.compiled and HYBRID not in size.compiled for size in TRAINING_STEP.sizes)

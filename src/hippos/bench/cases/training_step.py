@@ -257,7 +257,10 @@ def prepare_training_step(size: StepSize, context: Context) -> Workload:
     with torch.random.fork_rng(), context.device:  # millions of random numbers are drawn faster on a GPU
         torch.manual_seed(context.seed)
         models = {name: BUILDERS[kind](fields, dtype="float32") for name, (kind, fields) in size.models.items()}
-    trainings = {name: _Training(model, size, context, is_frugal=name in size.frugal) for name, model in models.items()}
+    trainings = {
+        name: _Training(model, size, context, is_frugal=name in size.frugal, is_compiled=name in size.compiled)
+        for name, model in models.items()
+    }
     methods: dict[str, Method] = {name: training.sample for name, training in trainings.items()}
     if size.has_parts:
         for name, training in trainings.items():
