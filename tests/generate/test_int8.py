@@ -34,6 +34,8 @@ def test_a_map_is_as_exact_as_eight_bits_allow(generator, dtype, n_tokens, has_b
     got, wanted = Int8Linear(linear)(u), linear.double()(u.double())
     assert got.shape == wanted.shape
     assert got.dtype == dtype
+    channels_first = u.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(Int8Linear(linear.to(dtype))(channels_first), got)
     error = (got.double() - wanted).norm() / wanted.norm()
     # A step is the largest of 96 weights over 127: about a hundredth of a weight's size, evenly rounded.
     assert 1e-3 < error < 1.3e-2
@@ -57,6 +59,15 @@ def test_int8_weights_write_nearly_the_same(random_h3, tmp_path):
     save_state(Generator(model).read(ids), tmp_path / "state")
     state = load_state(tmp_path / "state", model)
     assert torch.equal(generate(model, ids[:, :0], state=state, max_new_tokens=6).tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, MOST_ROWS, MOST_ROWS + 1])
+def test_short_prompts(random_h3, n_tokens):
+    model = deepcopy(random_h3).float()
+    quantise_int8(model)
+    ids = torch.randint(320, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generate(model, ids, max_new_tokens=3).sequences, wanted)
 
 
 def test_a_model_without_linear_maps_is_refused():

@@ -44,7 +44,7 @@ class Int8Linear(nn.Module):
         if len(rows) > MOST_ROWS or u.device.type != "cpu":
             y = F.linear(rows, self.weight_int8.to(u.dtype)) * self.scale.to(u.dtype)
         else:
-            half = rows.to(torch.bfloat16)
+            half = rows.to(torch.bfloat16).contiguous()  # tokens of a mixing come channels first
             y = torch.ops.aten._weight_int8pack_mm(half, self.weight_int8, self._half_scale).to(u.dtype)
         y = y if self.bias is None else y + self.bias
         return y.view(*u.shape[:-1], self.out_features)
