@@ -32,6 +32,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     shown: set[str] = set()
+    first = max((tokens for run in runs for tokens, _ in run.training), default=0) / 4
     for run in runs:
         style: dict[str, Any] = {
             "color": f"C{list(NAMES).index(run.mixer)}",
@@ -41,7 +42,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         name = None if run.mixer in shown else NAMES[run.mixer]
         shown.add(run.mixer)
         held_out = [(tokens / 1e6, math.exp(nll)) for tokens, nll in run.validation]
-        late = [(tokens / 1e6, loss) for tokens, loss in _smoothed(run.training)[len(run.training) // 4 :]]
+        late = [(tokens / 1e6, loss) for tokens, loss in _smoothed(run.training) if tokens > first]
         left.plot([x for x, _ in held_out], [y for _, y in held_out], marker="o", markersize=3, label=name, **style)
         right.plot([x for x, _ in late], [y for _, y in late], **style)
     left.set(xlabel="million tokens read", ylabel="perplexity, held-out text", yscale="log")
