@@ -41,6 +41,11 @@ def launch_module():
     return importlib.import_module("hippos.ops.ssm_conv.launch")
 
 
+def hopper_module():
+    """The module that launches the programs for Hopper."""
+    return importlib.import_module("hippos.ops.ssm_conv.launch_hopper")
+
+
 @interpreter
 class TestInterpreted:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -138,3 +143,45 @@ def test_interpreted_refusals(change, message):
     inputs = make_inputs(1, 2, 20, 3, torch.float32)._replace(**change)
     with pytest.raises(UnsupportedError, match=message):
         ssm_conv(*inputs[:4], impl="triton")
+
+
+@interpreter
+class TestHopperTiles:
+    """How the programs for Hopper cut their work; they themselves are run by test_ssm_conv_hopper.py."""
+
+    @pytest.mark.parametrize(
+        ("batch", "seqlen", "run", "n_tiles", "n_groups", "is_full"),
+        [
+            (32, 2048, 4, 8, 2, True),
+            (8, 8192, 8, 16, 1, True),
+            (2, 32768, 32, 16, 1, True),
+            (1, 262144, 64, 64, 1, True),
+            (1, 2048, 32, 1, 1, False),
+            (3, 1024, 16, 1, 1, False),
+            (5, 64, 4, 1, 1, False),
+        ],
+    )
+    def test_sequences(self, batch, seqlen, run, n_tiles, n_groups, is_full):
+        tiles = hopper_module().whole_tiles(batch, 768, seqlen, least=192)
+        assert (tiles.run, tiles.n_tiles, tiles.n_groups, tiles.fullness == 1) == (run, n_tiles, n_groups, is_full)
+
+    def test_what_they_do_not_serve(self):
+        whole_tiles = hopper_module().whole_tiles
+        assert whole_tiles(1, 768, 2049, least=192) is None  # a part of a chunk
+        assert whole_tiles(0, 768, 2048, least=192) is None
+        assert whole_tiles(1, 128, 2048, least=192) is None  # few programs
+
+    def test_pieces_fill_their_tiles(self):
+        cut_tiles = hopper_module().cut_tiles
+        tiles = cut_tiles(1, 1 << 20, schedules.Pieces(64, 64, 1 << 14))
+        assert (tiles.run, tiles.n_tiles, tiles.n_groups, tiles.fullness) == (4, 64, 4, 1)
+        assert cut_tiles(1, 1 << 20, schedules.Pieces(1, 1, 1 << 20)) is None
+        assert cut_tiles(1, 1000, schedules.Pieces(4, 4, 256)) is None
+
+    def test_short_loops_and_short_runs_make_their_operators(self):
+        hopper = hopper_module()
+        makes = [
+            hopper.backward_makes_operators(hopper.whole_tiles(batch, 768, seqlen, least=96))
+            for batch, seqlen in ((1, 2048), (32, 2048), (8, 8192), (1, 262144))
+        ]
+        assert makes == [True, True, False, False]

@@ -14,6 +14,7 @@ from hippos.ops.ssm_conv.launch_hopper import (
     LEAST_FORWARD_PROGRAMS,
     LEAST_PROGRAMS,
     HopperTiles,
+    backward_makes_operators,
     cut_tiles,
     launch_hopper_backward,
     launch_hopper_forward,
@@ -205,7 +206,7 @@ def ssm_conv_bwd(
         signals = (u, in_gate, out_gate, dout, du, din, dgate)
         if takes_hopper_backward(schedule, n_modes, signals, saved):
             tiles = whole_tiles(batch, n_heads, seqlen, LEAST_PROGRAMS) or cut_tiles(batch, seqlen, pieces)
-    if tiles is None or tiles.pieces.is_cut:
+    if tiles is None or not backward_makes_operators(tiles):
         operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
     table = None if cu_seqlens is None else place_documents(cu_seqlens, seqlen, pieces)
     later = None
