@@ -79,7 +79,10 @@ H3_MIX_FORMS = Case(
     sizes=(
         MixSize(1, 65536, doc_len=4096),
         MixSize(1, 65536, doc_len=1000),
-        *(MixSize(32, 2048, head_dim=head_dim) for head_dim in (2, 8)),
+        *(MixSize(32, 2048, head_dim=head_dim) for head_dim in (2, 4, 8)),
+        MixSize(8, 2048, head_dim=16),
+        MixSize(2, 2048, head_dim=64),
+        MixSize(1, 16384, doc_len=1000, head_dim=8),
     ),
     quick_sizes=(MixSize(1, 1000, d_model=64, doc_len=300), MixSize(2, 200, d_model=64, head_dim=4)),
     prepare=partial(prepare_h3_mix, goals_ms={}, copy_ms=COPY_MS),

@@ -130,8 +130,8 @@ def h3_mix(
             B must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and
             check them under HIPPOS_DEBUG=1 alone; elsewhere reading them waits for their device.
         impl: "auto" takes the Triton kernels on CUDA tensors that they support, for up to 64 taps, 32 modes and heads
-            of one channel, and "torch" elsewhere and for export. "triton" takes those for heads of up to 128 channels
-            too. The kernels read signals of any strides whose last is 1, copy others, and lay y out like ``q``.
+            of up to 128 channels, and "torch" elsewhere and for export. The kernels read signals of any strides whose
+            last is 1, copy others, and lay y out like ``q``.
 
     Returns:
         ``y``, shape (B, D, L), dtype of ``q``, channel order (h, j); with ``return_state``, ``(y, H3State)``.
@@ -177,8 +177,7 @@ def h3_mix(
 
 def _takes_triton(q: Tensor, shift_filter: Tensor, log_a: Tensor, head_dim: int, impl: Impl) -> bool:
     """Whether the kernels run; raises if they were asked for and cannot."""
-    # Larger SSMs wait until their tests have run on a GPU, wide heads until they are captured and timed there.
-    is_proven = is_common(shift_filter, log_a) and head_dim == 1
+    is_proven = is_common(shift_filter, log_a)  # larger SSMs have not been timed
     is_chosen = impl == "auto" and q.is_cuda and is_proven and not is_exporting()
     if impl != "triton" and not is_chosen:
         return False

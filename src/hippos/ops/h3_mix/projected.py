@@ -190,6 +190,9 @@ def h3_projected_backward_op(
     """
     (batch, seqlen, _), d_model = u.shape, weights.shape[0] // 4
     drows = dtokens.reshape(batch * seqlen, d_model)
+    dbias = biases.new_empty(biases.shape if wants_weights else (0,))
+    if dbias.numel():  # before the products: cuBLAS warns where it is the first to use the GPU in a thread
+        torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
     dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
     dproduct = u.new_empty(3, d_model, batch, seqlen)
     joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
@@ -211,11 +214,8 @@ def h3_projected_backward_op(
         return du, none(u), none(u), none(u), *found[3:9]
     dweight = product_in(rows, u.reshape(batch * seqlen, -1), dtype)
     dlast = product_in(drows.t(), y.transpose(0, 1).reshape(d_model, -1).t(), dtype)
-    if not biases.numel():
-        return du, dweight, dlast, none(u), *found[3:9]
-    dbias = biases.new_empty(4 * d_model)
-    torch.sum(rows, 1, dtype=torch.float32, out=dbias[: 3 * d_model])
-    torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
+    if dbias.numel():
+        torch.sum(rows, 1, dtype=torch.float32, out=dbias[: 3 * d_model])
     return du, dweight, dlast, dbias.to(dtype), *found[3:9]
 
 
@@ -245,7 +245,7 @@ def _backward_shapes(
         return du, none(u), none(u), none(u), *parameters  # type: ignore[return-value]
     d_model = weights.shape[0] // 4
     dweight, dlast = (weights.new_empty(n * d_model, weights.shape[1], dtype=dtype) for n in (3, 1))
-    dbias = biases.new_empty(biases.shape, dtype=dtype) if biases.numel() else none(u)
+    dbias = biases.new_empty(biases.shape, dtype=dtype)
     return du, dweight, dlast, dbias, *parameters  # type: ignore[return-value]
 
 

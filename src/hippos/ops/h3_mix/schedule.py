@@ -16,6 +16,7 @@ from hippos.ops.ssm_conv.schedule import (
 )
 
 MOST_STEPS = 16  # of a lane, which the kernel's scan knows
+FEW_STEPS = 4  # where sequences are too short for so many; eight spill registers
 
 
 def mix_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
@@ -39,7 +40,8 @@ def place_mix(pieces: Pieces, schedule: Schedule) -> Geometry:
         return place(pieces, schedule, has_segments=False)
     longest = next_power_of_two(-(-pieces.length // schedule.chunk))
     least_lanes = max(2, schedule.rows // MOST_STEPS)
-    steps = min(schedule.rows // least_lanes, longest, MOST_STEPS)
+    steps = min(schedule.rows // least_lanes, MOST_STEPS)
+    steps = steps if steps <= longest else min(longest, FEW_STEPS)
     lanes = schedule.rows // steps
     segments = min(lanes // min(lanes, next_power_of_two(pieces.total)), max(1, longest // steps))
     per_tile, span = lanes // segments, schedule.chunk * steps * segments
