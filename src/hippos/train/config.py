@@ -182,8 +182,8 @@ class RunConfig:
             GELUs. No product is computed twice.
         compile: Compile the model's blocks with torch.compile.
         cuda_graph: Replay forward and backward passes from a CUDA graph, so that the host launches one thing a micro
-            batch; losses stay what they are bit for bit. None: where that goes, which is on one GPU, without document
-            resets and activation checkpointing.
+            batch; on one GPU losses stay what they are bit for bit. None: where that goes, which is on the GPUs of one
+            machine, without FSDP, shared sequences, document resets and activation checkpointing.
         deterministic: On CUDA, use only algorithms that repeat bit for bit.
         baselines: After the last step, score unigram and trigram models on the validation text.
         sample_prompt: After the last step, let the model go on from this text; empty: don't.
