@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from hippos.ops import decode
-from hippos.ops.decode.launch_hopper import BLOCK_K, BLOCK_N, hopper_splits
+from hippos.ops.decode.launch_hopper import BLOCK_N, hopper_splits, hopper_tiles
 from tests.ops.tma_on_cpu import Descriptor, run_program
 
 MODULE = Path(decode.__file__).parent / "kernels_hopper.py"
 
 
-def run(x, weights, biases, *, gelu=False, splits=None, weight_tiles=5, token_tiles=3):
+def run(x, weights, biases, *, gelu=False, splits=None, tiles=(64, 5, 3)):
     """The kernel's output, or its parts; the biases lie in one tensor, apart from each other."""
     batch, n_inputs = x.shape
     n_rows = weights[0].shape[0]
@@ -27,7 +27,7 @@ def run(x, weights, biases, *, gelu=False, splits=None, weight_tiles=5, token_ti
         MODULE, "rows_linear_hopper_kernel", (n_outputs // BLOCK_N, splits or 1),
         x, *descriptors, biases, 2 * n_rows, n_rows, y, batch, n_rows, n_outputs,
         K=n_inputs, COUNT=len(weights), SPLITS=splits or 1, LEAVES_PARTS=splits is not None, HAS_GELU=gelu,
-        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, WEIGHT_TILES=weight_tiles, TOKEN_TILES=token_tiles,
+        BLOCK_N=BLOCK_N, BLOCK_K=tiles[0], WEIGHT_TILES=tiles[1], TOKEN_TILES=tiles[2],
     )  # fmt: skip
     return y
 
@@ -47,15 +47,16 @@ def test_linear_maps(generator, batch, count, n_inputs, gelu):
     torch.testing.assert_close(y, F.gelu(wanted, approximate="tanh") if gelu else wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])
-def test_parts_sum_up(generator, splits):
-    x, weight = draw(generator, 3, 512), draw(generator, 64, 512)
-    parts = run(x, [weight], draw(generator, 3, 64), splits=splits)
+@pytest.mark.parametrize(("n_inputs", "splits"), [(512, 1), (512, 2), (512, 4), (2048, 2), (320, 1)])
+def test_parts_sum_up_with_the_tiles_that_are_chosen(generator, n_inputs, splits):
+    x, weight = draw(generator, 3, n_inputs), draw(generator, 64, n_inputs)
+    parts = run(x, [weight], draw(generator, 3, 64), splits=splits, tiles=hopper_tiles(n_inputs))
     torch.testing.assert_close(parts.sum(0), x @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
 def test_splits_make_a_program_for_each_multiprocessor_and_no_more():
     assert hopper_splits(2048, 2048) == hopper_splits(2048, 8192) == 4
     assert hopper_splits(768, 3072) == 8
+    assert hopper_splits(128, 512) == 4
     assert hopper_splits(128, 64) == 1
     assert hopper_splits(8192, 2048) == 1

@@ -69,7 +69,6 @@ def test_what_the_program_takes():
     assert has_its_form(q, k, v, *state, position, a)
     assert has_its_form(q, k, v, state.shift[:16], state.diag[:16], position, a)
     assert not has_its_form(q, k, v, *state, None, a)
-    assert not has_its_form(q[:15], k[:15], v[:15], *state, position, a)
     assert not has_its_form(q, k, v.contiguous(), *state, position, a)
     assert not has_its_form(q, k, v, state.shift.contiguous(), state.diag, position, a)
     assert not has_its_form(q, k, v, state.shift.float(), state.diag, position, a)
@@ -79,7 +78,7 @@ def test_what_the_program_takes():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("batch", "d_model"), [(16, 32), (19, 96), (64, 256)])
+@pytest.mark.parametrize(("batch", "d_model"), [(1, 32), (19, 96), (64, 2048)])
 def test_steps_on_a_gpu(batch, d_model, dtype):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")

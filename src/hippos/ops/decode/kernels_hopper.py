@@ -102,27 +102,17 @@ def rows_linear_hopper_kernel(
         mbarrier.wait(arrived.index(i % WEIGHT_TILES), (i // WEIGHT_TILES) & 1)
         gl.thread_barrier()
         # All warps have done with the tiles of the step before, whose places are free now.
-        later = i + TOKEN_TILES - 1
-        if later < STEPS:
-            async_copy.async_copy_global_to_shared(
-                x_tiles.index(later % TOKEN_TILES), x_ptrs + later * BLOCK_K, mask=is_row
-            )
+        if STEPS >= TOKEN_TILES:
+            later = i + TOKEN_TILES - 1
+            if later < STEPS:
+                place = x_tiles.index(later % TOKEN_TILES)
+                async_copy.async_copy_global_to_shared(place, x_ptrs + later * BLOCK_K, mask=is_row)
         async_copy.commit_group()
-        later = i + WEIGHT_TILES - 1
-        if later < STEPS:
-            place = later % WEIGHT_TILES
-            _ask_for_weights(
-                w0,
-                w1,
-                w2,
-                which,
-                row,
-                start + later * BLOCK_K,
-                arrived.index(place),
-                w_tiles.index(place),
-                COUNT,
-                BYTES,
-            )
+        if STEPS >= WEIGHT_TILES:
+            later = i + WEIGHT_TILES - 1
+            if later < STEPS:
+                ready, tile = arrived.index(later % WEIGHT_TILES), w_tiles.index(later % WEIGHT_TILES)
+                _ask_for_weights(w0, w1, w2, which, row, start + later * BLOCK_K, ready, tile, COUNT, BYTES)
         w = w_tiles.index(i % WEIGHT_TILES).permute((1, 0))
         acc = hopper.warpgroup_mma(x_tiles.index(i % TOKEN_TILES), w, acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])

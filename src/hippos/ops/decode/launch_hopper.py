@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_N, BLOCK_K = 64, 64
-WEIGHT_TILES, TOKEN_TILES = 10, 4  # 112 KB, so that two programs share a multiprocessor
+BLOCK_N = 64
 _PROGRAMS = 132
 _MOST_SPLITS = 8
 
@@ -20,12 +20,25 @@ def takes_hopper(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return len(weights) in (1, 3) and has_hopper_programs(x.device)
 
 
+class HopperTiles(NamedTuple):
+    """Inputs that a tile has, and tiles in shared memory: 112 KB of them, so that programs share a multiprocessor."""
+
+    block_k: int
+    weight_tiles: int
+    token_tiles: int
+
+
+def hopper_tiles(n_inputs: int) -> HopperTiles:
+    """The tiles for weights of so many columns, a multiple of 64."""
+    return HopperTiles(128, 5, 2) if n_inputs % 128 == 0 else HopperTiles(64, 10, 4)
+
+
 def hopper_splits(n_outputs: int, n_inputs: int) -> int:
-    """Parts of the sum over the inputs that make a program for every multiprocessor."""
-    splits = 1
+    """Parts of the sum over the inputs that make a program for every multiprocessor, as far as tiles stay whole."""
+    block_k, splits = hopper_tiles(n_inputs).block_k, 1
     while (
         2 * splits <= _MOST_SPLITS
-        and n_inputs % (2 * splits * BLOCK_K) == 0
+        and n_inputs % (2 * splits * block_k) == 0
         and n_outputs // BLOCK_N * 2 * splits <= _PROGRAMS
     ):
         splits *= 2
@@ -53,11 +66,12 @@ def rows_linear_hopper(
     splits = hopper_splits(n_outputs, n_inputs) if leaves_parts else 1
     shape = (splits, batch, n_outputs) if leaves_parts else (batch, n_outputs)
     y = torch.empty(shape, dtype=torch.float32 if leaves_parts else x.dtype, device=x.device)
+    tiles = hopper_tiles(n_inputs)
     layout = gl.NVMMASharedLayout(128, 16, 2)
-    tiles = [TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K], layout) for weight in weights]
+    descriptors = [TensorDescriptor.from_tensor(weight, [BLOCK_N, tiles.block_k], layout) for weight in weights]
     rows_linear_hopper_kernel[(n_outputs // BLOCK_N, splits)](
         x,
-        *(tiles if len(tiles) == 3 else tiles * 3),
+        *(descriptors if len(weights) == 3 else descriptors * 3),
         biases[0],
         *bias_offsets,
         y,
@@ -70,9 +84,9 @@ def rows_linear_hopper(
         LEAVES_PARTS=leaves_parts,
         HAS_GELU=gelu,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        WEIGHT_TILES=WEIGHT_TILES,
-        TOKEN_TILES=TOKEN_TILES,
+        BLOCK_K=tiles.block_k,
+        WEIGHT_TILES=tiles.weight_tiles,
+        TOKEN_TILES=tiles.token_tiles,
         num_warps=4,
         launch_pdl=True,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hippos.ops.kernel_device import can_overlap_launches
 from hippos.ops.ssm_step.kernels import h3_step_kernel
+from hippos.ops.ssm_step.launch_hopper import h3_step_hopper, takes_hopper
 
 
 class StepSchedule(NamedTuple):
@@ -76,6 +77,9 @@ def h3_step_launch(
     Returns:
         Output, shape (B, D), contiguous, dtype of ``q``.
     """
+    if ring_position is not None and schedule is None and takes_hopper(q, k, v, shift, diag, ring_position, a):
+        arguments = (q, k, v, shift, diag, ring_position, taps, a, b, read, d)
+        return h3_step_hopper(*arguments, may_overlap=may_overlap)
     batch, d_model = q.shape
     n_modes, n_past = a.shape[1], shift.shape[2]
     y = torch.empty((batch, d_model), dtype=q.dtype, device=q.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_BATCH = 16
 N_PAST, N_MODES = 63, 32
-CHANNELS, SEQUENCES, STAGES, WARPS = 32, 8, 4, 4
+CHANNELS, STAGES, WARPS = 32, 3, 4
+_PROGRAMS = 512  # that a large GPU should have, of at least four sequences each
 
 
 def takes_hopper(
@@ -16,18 +16,17 @@ def takes_hopper(
     """Tell whether the program takes the arguments of `hippos.ops.ssm_step.launch.h3_step_launch`."""
     from hippos.ops.ssm_conv.launch_hopper import has_hopper_programs
 
-    return has_hopper_programs(q.device) and has_its_form(q, k, v, shift, diag, ring_position, a)
+    is_large = len(q) * (q.shape[1] // CHANNELS) >= 4 * _PROGRAMS
+    return is_large and has_hopper_programs(q.device) and has_its_form(q, k, v, shift, diag, ring_position, a)
 
 
 def has_its_form(
     q: Tensor, k: Tensor, v: Tensor, shift: Tensor, diag: Tensor, ring_position: Tensor | None, a: Tensor
 ) -> bool:
     """Tell whether sizes, strides and dtypes are those that the program knows."""
-    batch, d_model = q.shape
     return (
         ring_position is not None
-        and batch >= LEAST_BATCH
-        and d_model % CHANNELS == 0
+        and q.shape[1] % CHANNELS == 0
         and shift.shape[2] == N_PAST
         and a.shape[1] == N_MODES
         and shift.dtype in (torch.bfloat16, torch.float16)
@@ -63,11 +62,12 @@ def h3_step_hopper(
 
     batch, d_model = q.shape
     y = torch.empty((batch, d_model), dtype=q.dtype, device=q.device)
-    h3_step_hopper_kernel[(d_model // CHANNELS, triton.cdiv(batch, SEQUENCES))](
+    sequences = 8 if batch * (d_model // CHANNELS) >= 8 * _PROGRAMS else 4
+    h3_step_hopper_kernel[(d_model // CHANNELS, triton.cdiv(batch, sequences))](
         q, k, v, y, shift, diag, ring_position,
         taps, a, b, read, d,
         q.stride(0), shift.stride(0), shift.stride(2), diag.stride(0), batch, d_model, *taps.stride(),
-        CHANNELS=CHANNELS, SEQUENCES=SEQUENCES, STAGES=STAGES, WARPS=WARPS,
+        CHANNELS=CHANNELS, SEQUENCES=sequences, STAGES=STAGES, WARPS=WARPS,
         num_warps=WARPS, **({"launch_pdl": True} if may_overlap else {}),
     )  # fmt: skip
     return y
