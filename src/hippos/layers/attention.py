@@ -98,7 +98,8 @@ class CausalSelfAttention(nn.Module):
                 raise ValueError(f"u has {seqlen} tokens, learned are {self.embed_positions.num_embeddings} positions")
             u = u + self.embed_positions(self._positions(position_ids, batch, seqlen, u.device))
         heads = project_tokens(self.qkv_proj, u).view(batch, seqlen, 3, self.n_heads, self.head_dim)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, P)
+        # Parted where they lie: the gradients of the three are put together in the product's own order, without a copy.
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # (B, H, L, P)
         if self.rotary_dim:
             angles = self._angles(position_ids, batch, seqlen, q)
             q, k = apply_rotary(q, angles), apply_rotary(k, angles)

@@ -10,7 +10,7 @@ from hippos.ops.add_norm.kernels import add_norm_bwd_kernel, add_norm_kernel, re
 
 # A tile of so many numbers leaves 32 of each tensor to a thread.
 _TILE = 4096
-_PROGRAMS_PER_PROCESSOR = 4
+_PROGRAMS_PER_PROCESSOR = 2  # as many as have room there
 
 
 def add_norm_fwd(

@@ -9,7 +9,10 @@ from torch import Tensor
 from hippos.ops.gelu_mlp.kernels import gelu_bwd_kernel, gelu_kernel
 
 _ROWS, _BLOCK = 8, 512
-_PROGRAMS_PER_PROCESSOR = 4
+# Eight numbers of each of 128 threads: a column is summed within one of them, without a barrier in the loop.
+_BWD_ROWS, _BWD_BLOCK = 2, 1024
+# As many as have room on a processor, by their registers: 71, or 94 where the GELU is written.
+_PROGRAMS_PER_PROCESSOR = {False: 7, True: 5}
 
 
 def gelu(inner: Tensor, bias: Tensor) -> Tensor:
@@ -26,14 +29,15 @@ def gelu(inner: Tensor, bias: Tensor) -> Tensor:
 def gelu_bwd_(inner: Tensor, bias: Tensor, dact: Tensor, act: Tensor | None) -> Tensor:
     """Make ``dact`` the gradient of inner, in place, fill ``act`` if given, and give the bias's gradient, float32."""
     n_rows, d_ff = inner.shape
-    block = min(_BLOCK, triton.next_power_of_2(d_ff))
+    block = min(_BWD_BLOCK, triton.next_power_of_2(d_ff))
     n_blocks = triton.cdiv(d_ff, block)
     device = inner.device
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    n_programs = min(triton.cdiv(n_rows, _ROWS), triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors, n_blocks))
+    n_programs = processors * _PROGRAMS_PER_PROCESSOR[act is not None] // n_blocks
+    n_programs = max(1, min(triton.cdiv(n_rows, _BWD_ROWS), n_programs))
     shares = torch.empty(n_programs, d_ff, dtype=torch.float32, device=device)
     gelu_bwd_kernel[(n_programs, n_blocks)](
         inner, bias, dact, act if act is not None else dact, shares, n_rows, d_ff, n_programs,
-        WRITES_ACT=act is not None, ROWS=_ROWS, BLOCK=block, num_warps=4,
+        WRITES_ACT=act is not None, ROWS=_BWD_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return shares.sum(0)
