@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hippos.data.blocks import BlockOrder, StepBatches, TokenBlocks, collate_blocks, collate_documents, micro_batch_rows
-from hippos.data.corpus import Corpus, DatasetCorpus, FileCorpus, Part, open_corpus, split_corpus
+from hippos.data.corpus import Corpus, DatasetCorpus, FileCorpus, Part, split_corpus
 from hippos.data.documents import END_OF_TEXT, read_documents
+from hippos.data.opening import open_corpus
 from hippos.data.packing import PackedTokens, pack, pack_in_memory
 from hippos.data.stdlib import stdlib_corpus
 from hippos.data.stream import DocumentStream, StreamBatches, merge_positions, take_head
