@@ -178,10 +178,10 @@ class RunConfig:
         parallel: With several processes: "ddp", each holds the whole model, or "fsdp", they share it out (FSDP2).
         context_parallel: Processes that share each sequence, for sequences too long for one.
         activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
-        recompute_cheap_parts: Compute what costs little again in the backward pass: the MLPs' GELUs and the norms before
-            them, on a GPU those before mixers too. No product is computed twice.
-        compile: Compile the model's blocks with torch.compile. Blocks of H3 and attention have GPU kernels of their own,
-            which are as fast and take no compilation; compiled blocks do without them.
+        recompute_cheap_parts: Compute what costs little again in the backward pass: the MLPs' GELUs and the norms
+            before them, on a GPU those before mixers too. No product is computed twice.
+        compile: Compile the model's blocks with torch.compile. Blocks of H3 and attention have GPU kernels of their
+            own, which are as fast and take no compilation; compiled blocks do without them.
         cuda_graph: Replay forward and backward passes from a CUDA graph, so that the host launches one thing a micro
             batch; on one GPU losses stay what they are bit for bit. None: where that goes, which is on the GPUs of one
             machine, without FSDP, shared sequences, document resets and activation checkpointing.
