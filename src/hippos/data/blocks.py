@@ -105,6 +105,9 @@ def micro_batch_rows(batch_size: int, micro_batch_size: int, *, rank: int = 0, w
         micro_batch_size: Rows that a process computes at once.
         rank: The process.
         world_size: Their number.
+
+    Returns:
+        The numbers of rows, a list for each micro batch.
     """
     starts = range(rank * micro_batch_size, batch_size, world_size * micro_batch_size)
     return [list(range(start, start + micro_batch_size)) for start in starts]
@@ -150,7 +153,14 @@ class StepBatches(Sampler[list[int]]):
 
 
 def collate_blocks(blocks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Stack blocks to ``input_ids`` and ``targets``, each (B, L): target t is the id that follows input t."""
+    """Stack blocks to inputs and what is to be predicted.
+
+    Args:
+        blocks: B blocks of L + 1 ids.
+
+    Returns:
+        ``input_ids`` and ``targets``, each (B, L): target t is the id that follows input t.
+    """
     stacked = torch.stack(list(blocks))  # (B, L + 1)
     return {"input_ids": stacked[:, :-1].contiguous(), "targets": stacked[:, 1:].contiguous()}
 

@@ -39,6 +39,9 @@ def open_corpus(
         column: Text column of a Hugging Face data set.
         is_streamed: Do not load the data set, or read the files, before their documents are asked for.
 
+    Returns:
+        The corpus.
+
     Raises:
         CorpusError: If a source is missing or empty, holds no file with one of the suffixes, or names a data set that
             cannot be loaded.

@@ -109,6 +109,9 @@ def pack(
         cache: Folder to write to; `default_cache` if not given.
         on_progress: Called with the number of documents encoded so far.
 
+    Returns:
+        The ids, mapped from the disk.
+
     Raises:
         CorpusError: If the corpus has no text.
     """
@@ -132,6 +135,13 @@ def pack(
 
 def pack_in_memory(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> PackedTokens:
     """Encode documents without a trace on disk; for texts that are scored once.
+
+    Args:
+        documents: The texts.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The ids; no fingerprint.
 
     Raises:
         CorpusError: If there is no text.

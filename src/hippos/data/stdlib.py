@@ -22,6 +22,9 @@ _FEWEST_FILES = 100
 def stdlib_corpus() -> FileCorpus:
     """The ``.py`` files of the running Python's standard library, sorted by path; each is one document.
 
+    Returns:
+        The corpus.
+
     Raises:
         CorpusError: If the library's source is not there as files (frozen or zipped interpreters).
     """

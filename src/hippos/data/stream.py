@@ -62,6 +62,14 @@ class DocumentStream:
 def take_head(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> PackedTokens:
     """Encode the first documents of a corpus, as many as fit in ``max_tokens`` but at least one.
 
+    Args:
+        corpus: The documents.
+        tokenizer: The tokenizer.
+        max_tokens: Ids, end tokens included.
+
+    Returns:
+        The documents, packed in memory.
+
     Raises:
         CorpusError: If there is no text.
     """
@@ -180,7 +188,14 @@ class StreamBatches(IterableDataset[list[Tensor]]):
 
 
 def merge_positions(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The position of a run from those of its processes."""
+    """Join the positions of a run's processes.
+
+    Args:
+        positions: What `DocumentStream.position` gave in each.
+
+    Returns:
+        The position of the run, for any number of processes to go on from.
+    """
     lanes: dict[int, list[int]] = {}
     for position in positions:
         lanes |= position["lanes"]

@@ -29,6 +29,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         source: A folder as Transformers saves it, a folder with only ``vocab.json`` and ``merges.txt`` (byte-level BPE
             as GPT-2's), or a name on the Hugging Face hub.
 
+    Returns:
+        The tokenizer.
+
     Raises:
         TokenizerError: If there is none, or it has no end-of-text token, or no Rust implementation.
     """
@@ -61,6 +64,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     Args:
         documents: Training text; must not be empty.
         vocab_size: Entries wanted, at least `SMALLEST_VOCAB`; a small text may yield fewer.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         TokenizerError: If ``vocab_size`` is below `SMALLEST_VOCAB`.

@@ -130,6 +130,19 @@ def score_packed(
 ) -> TextScore:
     """Score a packed corpus; see `token_nll` for windows, strides and parts (a part's ``nll_sum`` is not the whole).
 
+    Args:
+        model: A causal language model of Transformers.
+        packed: The text.
+        window: Inputs a window, at least 1.
+        stride: Inputs from one window's start to the next; None for ``window``.
+        batch_size: Windows computed together.
+        reset_at_documents: Whether no prediction looks behind the beginning of its document.
+        part: (i, n), the share of one of n processes; see `token_nll`.
+        on_progress: Called with the number of ids scored so far.
+
+    Returns:
+        The score.
+
     Raises:
         TokenizerError: If the text has ids that the model does not have.
     """
@@ -160,6 +173,18 @@ def score_text(
     on_progress: Callable[[int], object] | None = None,
 ) -> TextScore:
     """Encode documents and score them; see `token_nll` for windows and strides.
+
+    Args:
+        model: A causal language model of Transformers.
+        tokenizer: Its tokenizer.
+        documents: The texts.
+        window: Inputs a window, at least 1.
+        stride: Inputs from one window's start to the next; None for ``window``.
+        batch_size: Windows computed together.
+        on_progress: Called with the number of ids scored so far.
+
+    Returns:
+        The score.
 
     Raises:
         CorpusError: If there is no text.
