@@ -6,6 +6,7 @@ from datetime import date
 import pytest
 from typer.testing import CliRunner
 
+from hippos.bench import harness
 from hippos.cli import app
 
 QUICK = ["bench", "--quick", "--case", "ssm_conv", "--threads", "1", "--rounds", "1"]
@@ -47,6 +48,20 @@ def test_out_writes_result_and_figure(run, tmp_path):
     assert [name.rpartition(".")[2] for name in names] == ["json", "png"]
     assert all(name.startswith("ssm_conv_") and f"_{date.today():%Y%m%d}." in name for name in names)
     assert str(folder / names[0]) in done.stderr
+
+
+def test_what_was_measured_before_an_interrupt_is_shown_and_drawn(run, tmp_path, monkeypatch):
+    whole = harness.run_suite
+
+    def interrupted(*arguments, **options):
+        whole(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run_suite", interrupted)
+    done = run(*QUICK, "--out", str(tmp_path))
+    assert done.exit_code == 130
+    assert "| batch=2 seqlen=96" in done.stdout
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
 def test_a_folder_that_cannot_be_is_told_before_anything_is_measured(run, tmp_path):

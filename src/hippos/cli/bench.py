@@ -50,16 +50,28 @@ def bench(
     chosen = load_suite(suite)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before minutes are spent
+    measured: list[SuiteResult] = []
+    stopped: BaseException | None = None
+
+    def keep(so_far: SuiteResult) -> None:
+        _save(so_far, out)
+        measured[:] = [so_far]
+
     with _progress() as progress:
-        result = run_suite(
-            chosen,
-            is_quick=quick,
-            threads=threads,
-            rounds=rounds,
-            only=tuple(case or ()),
-            progress=progress,
-            on_size=lambda so_far: _save(so_far, out),
-        )
+        try:
+            result = run_suite(
+                chosen,
+                is_quick=quick,
+                threads=threads,
+                rounds=rounds,
+                only=tuple(case or ()),
+                progress=progress,
+                on_size=keep,
+            )
+        except (KeyboardInterrupt, Exception) as error:  # what was measured is shown all the same
+            if not measured:
+                raise
+            (result,), stopped = measured, error
     if as_json:
         typer.echo(json.dumps(result.as_data(), indent=1))
     else:
@@ -67,6 +79,8 @@ def bench(
     if out is not None:
         for path in [*_save(result, out), *write_figures(result, chosen.cases, out)]:
             typer.echo(f"wrote {path}", err=True)
+    if stopped is not None:
+        raise stopped
 
 
 def _save(so_far: SuiteResult, out: Path | None) -> list[Path]:

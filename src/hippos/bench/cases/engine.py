@@ -44,7 +44,7 @@ class EngineSize:
     dtype: str = "bfloat16"
     at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
     tokens_per_s: float | None = None
-    engine_calls: int = 3
+    engine_calls: int = 2
 
 
 def prepare_engine(size: EngineSize, context: Context) -> Workload:
