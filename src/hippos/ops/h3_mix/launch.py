@@ -11,7 +11,7 @@ from torch import Tensor
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
 from hippos.ops.h3_mix.layout import MixGradients
-from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix
+from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix, place_shift
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
 from hippos.ops.h3_mix.state import first_samples
 from hippos.ops.ssm_conv.chunked import Inputs
@@ -23,7 +23,6 @@ from hippos.ops.ssm_conv.schedule import (
     Pieces,
     Schedule,
     backward_schedule,
-    document_pieces,
     groups_per_program,
     is_full,
     is_wide,
@@ -238,16 +237,7 @@ def _key_bias(inputs: MixInputs) -> tuple[Tensor]:
 
 
 def _place_shift(k: Tensor, cu_seqlens: Tensor | None) -> tuple[Schedule, Pieces, Geometry, int, int]:
-    """Sizes for the shift SSM alone, pieces and their place in tiles, the tiles of a program, programs a channel."""
-    batch, d_model, seqlen = k.shape
-    schedule = backward_schedule(k.dtype, 1, k.device)
-    pieces = Pieces(batch, 1, seqlen)
-    if cu_seqlens is not None:
-        pieces = document_pieces(cu_seqlens.shape[0] - 1, seqlen, k.dtype, 1, k.device)
-    at = place(pieces, schedule, has_segments=True)
-    n_tiles = at.n_groups * at.n_tiles
-    n_items = groups_per_program(d_model, n_tiles, schedule.programs)
-    return schedule, pieces, at, n_items, -(-n_tiles // n_items)
+    return place_shift(k.dtype, *k.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.device)
 
 
 def _warps(pieces: Pieces) -> int:

@@ -126,7 +126,7 @@ def _product(u: Tensor, stacked: Stacked, n_taps: int, n_modes: int, cu_seqlens:
     """q, k and v, shape (3, B, D, L), (3, D, B, L) in memory, and whether their biases are left to the mixing."""
     (batch, seqlen, _), d_model = u.shape, stacked.weights.shape[0] // 4
     columns = u.reshape(batch * seqlen, -1).t()  # (D, B * L)
-    folds = folds_bias(u.new_empty(batch, d_model, 0), seqlen, n_taps, n_modes, cu_seqlens)
+    folds = cu_seqlens is None and folds_bias(u.dtype, batch, d_model, seqlen, n_taps, n_modes, u.device)
     weight, bias = stacked.weights[: 3 * d_model], stacked.rounded[: 3 * d_model]
     product = weight @ columns if folds or not bias.numel() else torch.addmm(bias.unsqueeze(1), weight, columns)
     return product.view(3, d_model, batch, seqlen).transpose(1, 2), folds
@@ -196,8 +196,10 @@ def h3_projected_backward_op(
     dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
     dproduct = u.new_empty(3, d_model, batch, seqlen)
     joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
-    folds = folds_bias(product[0], seqlen, shift_filter.shape[1], log_a.shape[1], cu_seqlens) and biases.numel() > 0
-    bias = biases.view(4, -1)[:3] if folds else None
+    folds = cu_seqlens is None and folds_bias(
+        u.dtype, batch, d_model, seqlen, shift_filter.shape[1], log_a.shape[1], u.device
+    )
+    bias = biases.view(4, -1)[:3] if folds and biases.numel() else None
     if u.device.type != "cuda" and not is_interpreted():
         q, k, v = product.unbind(0)
         k = k if bias is None else k + bias[1].to(k.dtype).unsqueeze(-1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-from torch import Tensor
 
 from hippos.ops.ssm_conv.schedule import (
     Geometry,
     Pieces,
     Schedule,
+    backward_schedule,
+    document_pieces,
     forward_pieces,
     forward_schedule,
+    groups_per_program,
     next_power_of_two,
     place,
 )
@@ -19,11 +23,13 @@ MOST_STEPS = 16  # of a lane, which the kernel's scan knows
 FEW_STEPS = 4  # where sequences are too short for so many; eight spill registers
 
 
+@lru_cache
 def mix_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
     """The forward kernel's sizes: those of `ssm_conv`."""
     return forward_schedule(dtype, n_modes, device)
 
 
+@lru_cache
 def place_mix(pieces: Pieces, schedule: Schedule) -> Geometry:
     """Fill the rows of a tile: with as many chunks of a sequence as a thread holds, then with sequences.
 
@@ -48,6 +54,7 @@ def place_mix(pieces: Pieces, schedule: Schedule) -> Geometry:
     return Geometry(steps, per_tile, segments, span, -(-pieces.length // span), -(-pieces.total // per_tile))
 
 
+@lru_cache
 def mix_pieces(batch: int, n_heads: int, seqlen: int, schedule: Schedule) -> Pieces:
     """Pieces for the forward pass: whole sequences where that fills a GPU, as states between pieces need k' first."""
     whole = Pieces(batch, 1, seqlen)
@@ -56,13 +63,26 @@ def mix_pieces(batch: int, n_heads: int, seqlen: int, schedule: Schedule) -> Pie
     return forward_pieces(batch, n_heads, seqlen, schedule)
 
 
-def folds_bias(signal: Tensor, seqlen: int, n_taps: int, n_modes: int, cu_seqlens: Tensor | None) -> bool:
-    """Whether the kernels can add a bias to signals (B, D, any): where one kernel reads them all, uncut.
+@lru_cache
+def folds_bias(
+    dtype: torch.dtype, batch: int, d_model: int, seqlen: int, n_taps: int, n_modes: int, device: torch.device
+) -> bool:
+    """Whether the kernels can add a bias to signals (B, D, L), not packed: where one kernel reads them all, uncut.
 
     The shift SSM must have seen its whole filter in a chunk.
     """
-    if cu_seqlens is not None:
-        return False
-    batch, d_model, _ = signal.shape
-    schedule = mix_schedule(signal.dtype, n_modes, signal.device)
+    schedule = mix_schedule(dtype, n_modes, device)
     return n_taps <= schedule.chunk + 1 and not mix_pieces(batch, d_model, seqlen, schedule).is_cut
+
+
+@lru_cache
+def place_shift(
+    dtype: torch.dtype, batch: int, d_model: int, seqlen: int, n_docs: int | None, device: torch.device
+) -> tuple[Schedule, Pieces, Geometry, int, int]:
+    """Sizes for the shift SSM alone, pieces and their place in tiles, the tiles of a program, programs a channel."""
+    schedule = backward_schedule(dtype, 1, device)
+    pieces = Pieces(batch, 1, seqlen) if n_docs is None else document_pieces(n_docs, seqlen, dtype, 1, device)
+    at = place(pieces, schedule, has_segments=True)
+    n_tiles = at.n_groups * at.n_tiles
+    n_items = groups_per_program(d_model, n_tiles, schedule.programs)
+    return schedule, pieces, at, n_items, -(-n_tiles // n_items)
