@@ -61,6 +61,7 @@ def has_hopper_programs(device: torch.device) -> bool:
     return is_known and importlib.util.find_spec("triton.experimental.gluon") is not None
 
 
+@lru_cache(maxsize=1024)
 def whole_tiles(batch: int, n_heads: int, seqlen: int, least: int) -> HopperTiles | None:
     """Tiles of whole sequences, as full as can be; None where they make few programs or hold parts of chunks.
 
