@@ -191,8 +191,11 @@ def h3_projected_backward_op(
     (batch, seqlen, _), d_model = u.shape, weights.shape[0] // 4
     drows = dtokens.reshape(batch * seqlen, d_model)
     dbias = biases.new_empty(biases.shape if wants_weights else (0,))
-    if dbias.numel():  # before the products: cuBLAS warns where it is the first to use the GPU in a thread
+    # Before the products: cuBLAS warns where it is the first to use the GPU in a thread.
+    if dbias.numel():
         torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
+    else:
+        u.new_zeros(1)
     dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
     dproduct = u.new_empty(3, d_model, batch, seqlen)
     joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
