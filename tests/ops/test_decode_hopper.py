@@ -50,13 +50,22 @@ def test_linear_maps(generator, batch, count, n_inputs, gelu):
 @pytest.mark.parametrize(("n_inputs", "splits"), [(512, 1), (512, 2), (512, 4), (2048, 2), (320, 1)])
 def test_parts_sum_up_with_the_tiles_that_are_chosen(generator, n_inputs, splits):
     x, weight = draw(generator, 3, n_inputs), draw(generator, 64, n_inputs)
-    parts = run(x, [weight], draw(generator, 3, 64), splits=splits, tiles=hopper_tiles(n_inputs))
+    parts = run(x, [weight], draw(generator, 3, 64), splits=splits, tiles=hopper_tiles(n_inputs, 1))
     torch.testing.assert_close(parts.sum(0), x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_inputs", [128, 1024, 320])
+def test_joint_maps_with_the_tiles_that_are_chosen(generator, n_inputs):
+    x, biases = draw(generator, 2, n_inputs), draw(generator, 3, 64)
+    weights = [draw(generator, 64, n_inputs) for _ in range(3)]
+    y = run(x, weights, biases, tiles=hopper_tiles(n_inputs, 3))
+    wanted = torch.cat([F.linear(x, w, biases[i]) for w, i in zip(weights, (0, 2, 1), strict=True)], dim=1)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_splits_make_a_program_for_each_multiprocessor_and_no_more():
     assert hopper_splits(2048, 2048) == hopper_splits(2048, 8192) == 4
     assert hopper_splits(768, 3072) == 8
-    assert hopper_splits(128, 512) == 4
+    assert hopper_splits(128, 512) == 8
     assert hopper_splits(128, 64) == 1
     assert hopper_splits(8192, 2048) == 1

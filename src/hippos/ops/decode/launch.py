@@ -14,12 +14,11 @@ from hippos.ops.decode.kernels import (
     attention_join_kernel,
     attention_step_kernel,
     finish_step_kernel,
-    greedy_join_kernel,
-    greedy_part_kernel,
     norm_tokens_kernel,
     rows_linear_kernel,
     vector_linear_kernel,
 )
+from hippos.ops.decode.kernels_greedy import greedy_join_kernel, greedy_part_kernel
 from hippos.ops.decode.launch_hopper import rows_linear_hopper, takes_hopper
 from hippos.ops.decode.reference import StepBooks
 from hippos.ops.kernel_device import can_overlap_launches

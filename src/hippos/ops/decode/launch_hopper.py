@@ -21,21 +21,21 @@ def takes_hopper(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 class HopperTiles(NamedTuple):
-    """Inputs that a tile has, and tiles in shared memory: 112 KB of them, so that programs share a multiprocessor."""
+    """Inputs that a tile has, and tiles in shared memory: 112 KB at most, so that programs share a multiprocessor."""
 
     block_k: int
     weight_tiles: int
     token_tiles: int
 
 
-def hopper_tiles(n_inputs: int) -> HopperTiles:
-    """The tiles for weights of so many columns, a multiple of 64."""
-    return HopperTiles(128, 5, 2) if n_inputs % 128 == 0 else HopperTiles(64, 10, 4)
+def hopper_tiles(n_inputs: int, n_weights: int) -> HopperTiles:
+    """The tiles for weights of so many columns, a multiple of 64; of those tried the fastest at widths of 2,048."""
+    return HopperTiles(128, 5, 2) if n_weights == 3 and n_inputs % 128 == 0 else HopperTiles(64, 8, 4)
 
 
 def hopper_splits(n_outputs: int, n_inputs: int) -> int:
-    """Parts of the sum over the inputs that make a program for every multiprocessor, as far as tiles stay whole."""
-    block_k, splits = hopper_tiles(n_inputs).block_k, 1
+    """Parts of the sum over one weight's columns that make a program for every multiprocessor, of whole tiles."""
+    block_k, splits = hopper_tiles(n_inputs, 1).block_k, 1
     while (
         2 * splits <= _MOST_SPLITS
         and n_inputs % (2 * splits * block_k) == 0
@@ -66,7 +66,7 @@ def rows_linear_hopper(
     splits = hopper_splits(n_outputs, n_inputs) if leaves_parts else 1
     shape = (splits, batch, n_outputs) if leaves_parts else (batch, n_outputs)
     y = torch.empty(shape, dtype=torch.float32 if leaves_parts else x.dtype, device=x.device)
-    tiles = hopper_tiles(n_inputs)
+    tiles = hopper_tiles(n_inputs, len(weights))
     layout = gl.NVMMASharedLayout(128, 16, 2)
     descriptors = [TensorDescriptor.from_tensor(weight, [BLOCK_N, tiles.block_k], layout) for weight in weights]
     rows_linear_hopper_kernel[(n_outputs // BLOCK_N, splits)](
