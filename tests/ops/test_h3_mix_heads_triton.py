@@ -121,6 +121,12 @@ class TestGpu:
         wanted = run(inputs, 4, "torch", dtype=torch.float64, bounds=bounds)
         assert_accurate(run(inputs.to("cuda"), 4, "triton", bounds=bounds), wanted, dtype)
 
+    @pytest.mark.parametrize("head_dim", [2, 8, 64])
+    def test_they_are_the_default(self, head_dim):
+        inputs = make_inputs(2, 2, head_dim, 200, 64, 32, torch.bfloat16, has_state=False).to("cuda")
+        found, wanted = (call(inputs, head_dim, impl, return_state=False) for impl in ("auto", "triton"))
+        assert torch.equal(found, wanted)
+
     def test_gradients_are_bit_identical(self):
         inputs = make_inputs(5, 3, 8, 1500, 64, 32, torch.bfloat16).to("cuda")
         first, second = run(inputs, 8, "triton"), run(inputs, 8, "triton")

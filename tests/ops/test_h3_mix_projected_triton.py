@@ -127,11 +127,11 @@ def test_compiled_without_a_break():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    @pytest.mark.parametrize("offsets", [None, [0, 300, 1000]])
-    def test_values_and_gradients(self, dtype, offsets):
+    @pytest.mark.parametrize(("offsets", "has_bias"), [(None, True), (None, False), ([0, 300, 1000], True)])
+    def test_values_and_gradients(self, dtype, offsets, has_bias):
         batch = 4 if offsets is None else 1
-        inputs, dout = make_inputs(batch, 256, 1000, 64, 32, dtype)
-        inputs, dout = [x.cuda() for x in inputs], dout.cuda()
+        inputs, dout = make_inputs(batch, 256, 1000, 64, 32, dtype, has_bias=has_bias)
+        inputs, dout = [None if x is None else x.cuda() for x in inputs], dout.cuda()
         packed = None if offsets is None else torch.tensor(offsets, device="cuda")
         found = gradients_of(in_one, inputs, dout, cu_seqlens=packed)
         again = gradients_of(in_one, inputs, dout, cu_seqlens=packed)
