@@ -11,7 +11,14 @@ from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.chunked import kept_keys
 from hippos.ops.h3_mix.heads import MOST_CHANNELS, mix_heads
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
-from hippos.ops.h3_mix.layout import MixGradients, laid_out, refuse_second_derivative, with_unit_stride, without_gaps
+from hippos.ops.h3_mix.layout import (
+    MixGradients,
+    dense_strides,
+    laid_out,
+    refuse_second_derivative,
+    with_unit_stride,
+    without_gaps,
+)
 from hippos.ops.h3_mix.state import H3State, document_ends, last_keys, last_samples
 from hippos.ops.h3_mix.tail import state_after_tail
 from hippos.ops.kernel_device import has_large_shared_memory, is_interpreted
@@ -128,8 +135,7 @@ def h3_mix_kernel_op(
 
     tensors = MixInputs(*laid_out(inputs))
     y, state, saved = h3_mix_fwd(tensors, cu_seqlens, wants_state=return_state, saves_states=saves_states)
-    like = torch.empty_like(q)
-    return y if y.stride() == like.stride() else like.copy_(y), state, saved
+    return y if y.stride() == dense_strides(q) else torch.empty_like(q).copy_(y), state, saved
 
 
 @h3_mix_kernel_op.register_fake

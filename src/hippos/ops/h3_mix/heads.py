@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.heads_fallback import heads_backward_without_kernels, heads_forward_without_kernels
-from hippos.ops.h3_mix.layout import MixGradients, laid_out, refuse_second_derivative, without_gaps
+from hippos.ops.h3_mix.layout import MixGradients, dense_strides, laid_out, refuse_second_derivative, without_gaps
 from hippos.ops.h3_mix.state import diag_state_sizes
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
@@ -43,8 +43,7 @@ def h3_heads_kernel_op(
     from hippos.ops.h3_mix.launch_heads import h3_heads_fwd
 
     y, state = h3_heads_fwd(MixInputs(*laid_out(inputs)), cu_seqlens, head_dim, wants_state=return_state)
-    like = torch.empty_like(q)
-    return y if y.stride() == like.stride() else like.copy_(y), state
+    return y if y.stride() == dense_strides(q) else torch.empty_like(q).copy_(y), state
 
 
 @h3_heads_kernel_op.register_fake

@@ -30,9 +30,14 @@ def with_unit_stride(signal: Tensor) -> Tensor:
     return signal if signal.stride(-1) == 1 else signal.contiguous()
 
 
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor that is made like ``x``, without making it."""
+    return torch.empty_like(x, device="meta").stride()
+
+
 def without_gaps(dout: Tensor) -> Tensor:
     """``dout``, or a contiguous copy where its memory has gaps, overlaps, or time that is not the fastest axis."""
-    is_dense = dout.stride(-1) == 1 and torch.empty_like(dout).stride() == dout.stride()
+    is_dense = dout.stride(-1) == 1 and dense_strides(dout) == dout.stride()
     return dout if is_dense else dout.contiguous()
 
 
