@@ -293,6 +293,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             H3(8, **options)
 
+    def test_width(self):
+        with pytest.raises(ValueError, match="d_model must be at least 1, got 0"):
+            H3(0)
+
     @pytest.mark.parametrize(
         ("shape", "message"),
         [

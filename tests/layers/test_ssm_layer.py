@@ -299,6 +299,10 @@ class TestErrors:
             layer(u.float())
         with pytest.raises(TypeError, match="u must be floating point"):
             layer(u.long())
+        with pytest.raises(TypeError, match=r"u must be a tensor of shape \(B, L, D\), got list"):
+            layer([1, 2])
+        with pytest.raises(TypeError, match=r"state must be a tensor of shape .*, got str"):
+            layer(u, initial_state="none")
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\)"):
             layer(u, mask=torch.ones(2, 4, dtype=torch.bool))
         with pytest.raises(TypeError, match="mask must be bool or integer"):

@@ -22,8 +22,10 @@ def check_tokens(u: Tensor, wanted: str, ndim: int, d_model: int, linear: nn.Mod
 
     Raises:
         ValueError: If the shape is wrong or there is no token.
-        TypeError: If the dtype is wrong.
+        TypeError: If it is no tensor, or its dtype is wrong.
     """
+    if not isinstance(u, Tensor):
+        raise TypeError(f"u must be a tensor of shape {wanted}, got {type(u).__name__}")
     if u.ndim != ndim or u.shape[-1] != d_model:
         raise ValueError(f"u must have shape {wanted} with D = {d_model}, got {tuple(u.shape)}")
     if 0 in u.shape:

@@ -93,7 +93,9 @@ class H3(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if d_model < 1 or head_dim < 1 or d_model % head_dim:
+        if d_model < 1:
+            raise ValueError(f"d_model must be at least 1, got {d_model}")
+        if head_dim < 1 or d_model % head_dim:
             raise ValueError(f"head_dim {head_dim} must divide d_model {d_model}")
         if head_layout not in HEAD_LAYOUTS:
             raise ValueError(f"head_layout must be one of {', '.join(map(repr, HEAD_LAYOUTS))}, got {head_layout!r}")

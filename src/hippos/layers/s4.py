@@ -83,5 +83,7 @@ class S4(ActivatedSSMLayer):
 
     def _check_state(self, state: Tensor, batch: int) -> None:
         wanted = (batch, *self._state_sizes, 2)
+        if not isinstance(state, Tensor):
+            raise TypeError(f"the state must be a tensor of shape (B, D, M, 2) = {wanted}, got {type(state).__name__}")
         if tuple(state.shape) != wanted:
             raise ValueError(f"the state must have shape (B, D, M, 2) = {wanted}, got {tuple(state.shape)}")
