@@ -100,5 +100,8 @@ def test_nothing_to_read_is_said(stream: DocumentStream) -> None:
     empty = DocumentStream(Texts(()), stream.tokenizer)
     with pytest.raises(CorpusError, match="the corpus is empty: no text in texts to train on"):
         next(iter(batches(empty)))
+    all_validates = DocumentStream(stream.corpus, stream.tokenizer, len(TEXTS))
+    with pytest.raises(CorpusError, match=f"its first documents, {len(TEXTS)}, validate; name another text to valid"):
+        next(iter(batches(all_validates)))
     with pytest.raises(CorpusError, match="has no place for row 0 of the batch"):
         batches(stream, position={"n_documents": None, "lanes": {"1": [0, 0]}})

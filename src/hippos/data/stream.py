@@ -58,6 +58,15 @@ class DocumentStream:
         """The documents of one pass."""
         return itertools.islice(self.corpus.documents(), self.n_left_out, None)
 
+    def why_empty(self) -> str:
+        """What to say if there is no document."""
+        if not self.n_left_out:
+            return f"the corpus is empty: no text in {self.corpus.name} to train on"
+        return (
+            f"nothing is left of {self.corpus.name} to train on: its first documents, {self.n_left_out}, validate; "
+            "name another text to validate on"
+        )
+
 
 def take_head(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> PackedTokens:
     """Encode the first documents of a corpus, as many as fit in ``max_tokens`` but at least one.
@@ -183,7 +192,7 @@ class StreamBatches(IterableDataset[list[Tensor]]):
                     yield row, text
                 number += 1
             if number == start:
-                raise CorpusError(f"the corpus is empty: no text in {self.stream.corpus.name} to train on")
+                raise CorpusError(self.stream.why_empty())
             self._n_documents = number - start
 
 
