@@ -157,6 +157,9 @@ def test_pages_and_figures(finished, tmp_path):
     assert [(cell["mixer"], cell["n_seeds"]) for cell in cells] == [("h3", 2), ("attention", 2)]
     accuracy = cells[0]["accuracy"]
     assert f"| H3 | {accuracy:.1f} |" in to_markdown(results)
+    assert "Fewer epochs" not in to_markdown(results)
+    first = next(iter(results.values()))
+    assert "Fewer epochs" in to_markdown({**results, f"{first['task']}-{first['mixer']}": {**first, "epochs": 1.0}})
     figures = write_figures(results, tmp_path)
     assert [path.name for path in figures] == ["accuracy.png", "recall-h3.png"]
     assert all(path.stat().st_size > 5000 for path in figures)

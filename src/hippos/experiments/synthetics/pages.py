@@ -78,7 +78,9 @@ def to_markdown(results: Results) -> str:
     lines += ["", "## Cells", ""]
     head = ["task", "mixer", "best: lowest to highest", "after the last epoch", "epochs", "parameters", "seeds", "s"]
     lines += _table(head, [_cell(row) for row in rows])
-    lines += ["", "Fewer epochs than planned: every seed was without a mistake in several tests running.", ""]
+    lines.append("")
+    if any(row["epochs"] < row["epochs_planned"] for row in rows):
+        lines += ["Fewer epochs than planned: every seed was without a mistake in several tests running.", ""]
     for task, title in zip(tasks, titles, strict=True):
         of_task = [row for row in rows if row["task"] == task and row["by_length"]]
         if of_task:
