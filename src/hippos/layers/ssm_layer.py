@@ -124,7 +124,7 @@ class SSMLayer(nn.Module, abc.ABC):
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.out_proj)
         check_mask(mask, u)
         if initial_state is not None or return_state:
-            self._check_recurrence("a state")
+            self._check_recurrence("state")
         if cu_seqlens is not None and self.bidirectional:
             raise UnsupportedError(
                 f"a bidirectional {type(self).__name__} layer takes no packed documents (cu_seqlens)"
@@ -178,7 +178,7 @@ class SSMLayer(nn.Module, abc.ABC):
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        self._check_recurrence("a state")
+        self._check_recurrence("state")
         # A decode that starts here never calls forward, which would notice parameters written through .data.
         self.ssm.forget()
         parameter = next(self.ssm.parameters())
