@@ -76,9 +76,9 @@ def test_growing_modes_have_no_recurrence():
     layer = free_layer(n_growing=2)
     u, state = torch.zeros(1, 5, 4, dtype=torch.float64), torch.zeros(1, 4, 4, 2, dtype=torch.float64)
     for call, wish in (
-        (lambda: layer.init_state(1), "a state"),
-        (lambda: layer(u, return_state=True), "a state"),
-        (lambda: layer(u, initial_state=state), "a state"),
+        (lambda: layer.init_state(1), "state"),
+        (lambda: layer(u, return_state=True), "state"),
+        (lambda: layer(u, initial_state=state), "state"),
         (lambda: layer.step(u[:, 0], state), "step"),
     ):
         with pytest.raises(UnsupportedError, match=f"2 of 4 modes of this DSS layer grow: there is no {wish} for them"):

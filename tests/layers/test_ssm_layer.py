@@ -182,7 +182,7 @@ class TestBidirectional:
         kind = type(layer).__name__
         u, state = tokens(generator, 1, 5), torch.zeros(1, D_MODEL, 4, 2, dtype=torch.float64)
         calls = {
-            "a state": [
+            "state": [
                 lambda: layer.init_state(1),
                 lambda: layer(u, return_state=True),
                 lambda: layer(u, initial_state=state),
