@@ -12,6 +12,7 @@ from torch import Tensor
 from hippos.bench.cases.engine_models import ModelFields, checked_error, give_back_memory, language_model
 from hippos.bench.cases.language_models import MAX_ERRORS
 from hippos.bench.harness import CaseResult, Clock, Context, Finding, Goal, Method, Workload
+from hippos.bench.harness.figure import write_plain_numbers
 from hippos.generate import Generator, Sampling
 
 ENGINE, DEFAULT, STATIC = "H3, engine", "GPT-2, default cache", "GPT-2, static cache + compile"
@@ -111,6 +112,7 @@ def draw_rates(axes: Any, case: CaseResult) -> None:
         axes.fill_between(places, slow, fast, color=line[0].get_color(), alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    write_plain_numbers(axes)
     ticks = sorted({size.size[axis] for size in case.sizes})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel({"prompt_len": "tokens of each prompt", "batch": "texts"}.get(axis, axis))

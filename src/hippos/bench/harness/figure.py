@@ -69,7 +69,7 @@ def draw_lines(axes: Any, case: CaseResult) -> None:
     ticks = [size.size[axis] for size in case.sizes]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _write_plain_numbers(axes)
+    write_plain_numbers(axes)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
     axes.set_xlabel(axis)
     axes.set_ylabel("ms (median; band: min to max)")
@@ -79,7 +79,7 @@ def draw_lines(axes: Any, case: CaseResult) -> None:
     axes.figure.legend(loc="outside lower center", ncols=columns, fontsize=7, handlelength=4)
 
 
-def _write_plain_numbers(axes: Any) -> None:
+def write_plain_numbers(axes: Any) -> None:
     """Write 0.2, 0.5, 1, ... beside a logarithmic vertical axis, which spans a factor of ten at least: slopes show."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -100,6 +100,10 @@ def draw_bars(axes: Any, case: CaseResult) -> None:
     for size in case.sizes:
         label = " ".join(str(size.size[name]) for name in case.labels)
         rows += [(f"{label} {row.method}: {row.measure}".strip(), row) for row in size.rows]
+    # Room for a line of text a row, and for the longest of them beside the bars.
+    axes.figure.set_size_inches(
+        max(7.0, 4.0 + 0.065 * max(len(label) for label, _ in rows)), max(4.2, 0.19 * len(rows))
+    )
     medians = [row.median_s * 1e3 for _, row in rows]
     low = [median - row.spread_s[0] * 1e3 for median, (_, row) in zip(medians, rows, strict=True)]
     high = [row.spread_s[3] * 1e3 - median for median, (_, row) in zip(medians, rows, strict=True)]
