@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 import resource
 import subprocess
 import sys
+import typing
 
 import pytest
 import typer
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from hippos import cli
@@ -172,3 +177,18 @@ def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "hippos", "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.startswith("hippos ")
+
+
+def test_options_whose_placeholder_is_their_name_spell_the_name_out():
+    """Typer 0.27 calls ``dtype: Annotated[str, Option(metavar="DTYPE")]`` --DTYPE."""
+    n_options = 0
+    for module in pkgutil.iter_modules(cli.__path__):
+        verb = getattr(importlib.import_module(f"hippos.cli.{module.name}"), module.name, None)
+        if not inspect.isfunction(verb):
+            continue
+        for name, hint in typing.get_type_hints(verb, include_extras=True).items():
+            for option in (x for x in getattr(hint, "__metadata__", ()) if isinstance(x, OptionInfo)):
+                n_options += 1
+                is_named = isinstance(option.default, str)  # in Annotated the first name stands where a default may
+                assert is_named or (option.metavar or "").lower() != name, f"{module.name} --{name}"
+    assert n_options > 40

@@ -46,10 +46,12 @@ def generate(
         str | None, typer.Option(metavar="NAME", help="Folder or hub name of the tokenizer, if MODEL has none.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
+        str, typer.Option("--dtype", metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
     ] = "auto",
     int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; on a GPU by torchao.")] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")
+    ] = "auto",
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the text.")] = False,
     context: Annotated[
         int | None,
