@@ -24,3 +24,26 @@ def test_against_the_formula(generator):
 def test_errors(d_model, d_ff):
     with pytest.raises(ValueError, match=f"at least 1, got {d_model} and {d_ff}"):
         MLP(d_model, d_ff)
+
+
+@pytest.mark.parametrize(
+    ("u", "error", "message"),
+    [
+        (torch.zeros(2, 3, 5), ValueError, r"shape \(\.\.\., D\) with D = 4, got \(2, 3, 5\)"),
+        (torch.zeros(0, 4), ValueError, r"at least one token, got shape \(0, 4\)"),
+        (torch.zeros(3, 4, dtype=torch.float64), TypeError, "torch.float32, got torch.float64"),
+        (None, TypeError, "must be a tensor .* got NoneType"),
+    ],
+)
+def test_wrong_tokens(u, error, message):
+    with pytest.raises(error, match=message):
+        MLP(4, 6)(u)
+
+
+def test_one_token():
+    assert MLP(4, 6)(torch.zeros(4)).shape == (4,)
+
+
+def test_shapes_alone():
+    with torch.device("meta"):
+        assert MLP(4, 6)(torch.zeros(2, 3, 4)).is_meta

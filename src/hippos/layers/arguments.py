@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from hippos.layers.projections import is_plain_linear
 
 
-def check_tokens(u: Tensor, wanted: str, ndim: int, d_model: int, linear: nn.Module) -> None:
+def check_tokens(u: Tensor, wanted: str, ndim: int | None, d_model: int, linear: nn.Module) -> None:
     """Raise unless ``u`` holds tokens that the layer can read.
 
     Args:
         u: What the caller passed.
         wanted: The wanted shape in words.
-        ndim: The wanted number of axes.
+        ndim: The wanted number of axes; None for any from one on.
         d_model: Width D of the last axis.
         linear: One of the layer's projections, whose dtype ``u`` must have outside autocast.
 
@@ -26,13 +26,13 @@ def check_tokens(u: Tensor, wanted: str, ndim: int, d_model: int, linear: nn.Mod
     """
     if not isinstance(u, Tensor):
         raise TypeError(f"u must be a tensor of shape {wanted}, got {type(u).__name__}")
-    if u.ndim != ndim or u.shape[-1] != d_model:
+    if u.ndim != (max(u.ndim, 1) if ndim is None else ndim) or u.shape[-1] != d_model:
         raise ValueError(f"u must have shape {wanted} with D = {d_model}, got {tuple(u.shape)}")
     if 0 in u.shape:
         raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
     if not u.is_floating_point():
         raise TypeError(f"u must be floating point, got {u.dtype}")
-    if is_plain_linear(linear) and not torch.is_autocast_enabled(u.device.type):
+    if is_plain_linear(linear) and not is_under_autocast(u.device.type):
         dtype = linear.weight.dtype
         if u.dtype != dtype:
             raise TypeError(f"u must have the dtype of the projections, {dtype}, got {u.dtype}")
@@ -53,8 +53,13 @@ def check_mask(mask: Tensor | None, u: Tensor) -> None:
         raise ValueError(f"mask must have shape {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
 
 
+def is_under_autocast(device_type: str) -> bool:
+    """Whether autocast is on for tensors of such a device; never for those on "meta", of which it knows nothing."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """Give a context in which SSMs compute in full precision."""
-    if torch.is_autocast_enabled(device_type):
+    if is_under_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.layers.arguments import check_tokens
 from hippos.layers.projections import project_tokens
 from hippos.layers.rotary import apply_rotary, rotary_angles
 
@@ -89,9 +90,9 @@ class CausalSelfAttention(nn.Module):
         Raises:
             ValueError: If ``u`` or ``position_ids`` has the wrong shape, or there are more tokens than learned
                 positions.
+            TypeError: If ``u`` is no tensor, or has not the parameters' dtype outside of autocast.
         """
-        if u.ndim != 3 or u.shape[2] != self.d_model or u.shape[1] == 0:
-            raise ValueError(f"u must have shape (B, L, {self.d_model}) with L >= 1, got {tuple(u.shape)}")
+        check_tokens(u, "(B, L, D)", 3, self.d_model, self.qkv_proj)
         batch, seqlen, _ = u.shape
         if self.embed_positions is not None:
             if position_ids is None and seqlen > self.embed_positions.num_embeddings:

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from hippos.layers.arguments import check_mask, check_tokens, without_autocast
+from hippos.layers.arguments import check_mask, check_tokens, is_under_autocast, without_autocast
 from hippos.layers.param_groups import ParamGroup, param_groups
 from hippos.layers.projections import (
     plain_projections,
@@ -312,7 +312,7 @@ class H3(nn.Module):
         if projections is None:
             return None
         device_type = u.device.type
-        is_autocast = torch.is_autocast_enabled(device_type)
+        is_autocast = is_under_autocast(device_type)
         u = u.to(torch.get_autocast_dtype(device_type) if is_autocast else projections.q.dtype)
         with without_autocast(device_type):
             diag = self.diag.operators()
@@ -333,7 +333,7 @@ class H3(nn.Module):
 
     def _key_dtype(self) -> torch.dtype:
         device_type = self.diag.D.device.type
-        if torch.is_autocast_enabled(device_type):
+        if is_under_autocast(device_type):
             return torch.get_autocast_dtype(device_type)
         # Quantised weights are integers, and their outputs' dtype cannot be known here; float32 holds any key exactly.
         weight = getattr(self.k_proj, "weight", None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hippos.layers.arguments import without_autocast
+from hippos.layers.arguments import is_under_autocast, without_autocast
 from hippos.ops.h3_mix.stacked import Projections
 
 __all__ = ["project_jointly"]
@@ -28,7 +28,7 @@ def project_jointly(projections: Projections, u: Tensor) -> tuple[Tensor, Tensor
         q, k and v, shape (B, D, L), views of one tensor in which L has stride 1.
     """
     device_type = u.device.type
-    is_autocast = torch.is_autocast_enabled(device_type)
+    is_autocast = is_under_autocast(device_type)
     u = u.to(torch.get_autocast_dtype(device_type) if is_autocast else projections.q.dtype)
     parameters = (projections.q, projections.k, projections.v)
     biases = projections[4:7]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.layers.arguments import check_tokens
 from hippos.layers.projections import project_tokens
 
 
@@ -37,15 +38,22 @@ class MLP(nn.Module):
         super().__init__()
         if d_model < 1 or d_ff < 1:
             raise ValueError(f"d_model and d_ff must be at least 1, got {d_model} and {d_ff}")
+        self.d_model = d_model
         self.fc1 = nn.Linear(d_model, d_ff, device=device, dtype=dtype)
         self.fc2 = nn.Linear(d_ff, d_model, device=device, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Map tokens, shape (..., D), to tokens of the same shape."""
+        """Map tokens, shape (..., D), to tokens of the same shape.
+
+        Raises:
+            ValueError: If the last axis is not D long, or there is no token.
+            TypeError: If ``u`` is no tensor, or has not the parameters' dtype outside of autocast.
+        """
         return self.narrow(self.widen(u))
 
     def widen(self, u: Tensor) -> Tensor:
         """The first half: tokens (..., D) to the inner width, before the GELU."""
+        check_tokens(u, "(..., D)", None, self.d_model, self.fc1)
         return project_tokens(self.fc1, u)
 
     def narrow(self, inner: Tensor) -> Tensor:
