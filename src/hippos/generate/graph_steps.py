@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.sampling import Sampler, Sampling, log_probability
 from hippos.generate.steps import HostStep
+from hippos.ops.graph_capture import capture_into
 
 STEPS_AHEAD = 3
 """Steps that are launched before the host has seen their predecessors, so that the device never waits for it."""
@@ -89,21 +88,9 @@ class GraphSteps:
                 self._step()
         torch.cuda.current_stream(self._tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with _without_collecting(), torch.cuda.graph(graph):
+        with capture_into(graph):
             self._step()
         return graph
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Keep Python from collecting garbage: another generator's graph that is freed meanwhile ends a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Slot:

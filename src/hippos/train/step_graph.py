@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hippos.errors import ConfigError
+from hippos.ops.graph_capture import capture_into
 from hippos.train.config import TrainConfig
 from hippos.train.processes import Processes
 
@@ -92,7 +93,7 @@ class GraphedPasses:
     def _capture(self, stream: torch.cuda.Stream, pool: object = None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are watched: one that pins memory for batches to come does no harm.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+        with capture_into(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             loss = self._passes(dict(self._inputs))
         return graph, loss
 

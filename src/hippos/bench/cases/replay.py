@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hippos.bench.harness import Clock, Method
+from hippos.ops.graph_capture import capture_into
 
 Work = Callable[[], object]
 
@@ -44,7 +45,7 @@ def capture(work: Work) -> Work:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture_into(graph):
         work()
 
     def replay(_kept: Work = work) -> None:

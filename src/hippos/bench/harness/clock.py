@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
+
+from hippos.ops.graph_capture import without_collecting
 
 # A mark is a point in time: seconds on a CPU, a recorded event on a GPU.
 Mark = float | torch.cuda.Event
@@ -111,7 +112,8 @@ def measure_rounds(
         raise ValueError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
     names = list(methods)
     samples: dict[tuple[str, str], list[float]] = {}
-    with _resting_collector():
+    gc.collect()
+    with without_collecting():
         for index in range(warmup + rounds):
             first = index % len(names)
             for name in names[first:] + names[:first]:
@@ -121,15 +123,3 @@ def measure_rounds(
                         samples.setdefault((name, measure), []).append(seconds)
             on_round()
     return {key: samples[key] for name in names for key in samples if key[0] == name}
-
-
-@contextmanager
-def _resting_collector() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

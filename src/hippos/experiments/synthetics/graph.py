@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from hippos.ops.graph_capture import capture_into
+
 __all__ = ["GraphedStep"]
 
 _WARMUP_CALLS = 3
@@ -47,7 +49,7 @@ class GraphedStep:
                             value.zero_()
                     clock.zero_()
             torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph, stream=self.stream):
+            with capture_into(self._graph, stream=self.stream):
                 step()
         finally:
             default.graphsafe_set_state(before)
