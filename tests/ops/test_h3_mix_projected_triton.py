@@ -9,7 +9,8 @@ from torch.library import opcheck
 from hippos.layers import H3
 from hippos.ops import h3_mix
 from hippos.ops.h3_mix.projected import h3_projected, h3_projected_op
-from hippos.ops.h3_mix.stacked import Projections, product_in, stack_projections
+from hippos.ops.h3_mix.stacked import Projections, stack_projections
+from hippos.ops.precision import product_in
 from tests.ops.ssm_cases import Draw, leaves, relative_error
 from tests.ops.test_h3_mix_triton import INTERPRETED, ROUNDING
 

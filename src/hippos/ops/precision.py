@@ -1,10 +1,11 @@
-"""Keep automatic mixed precision out of the operators, whose float32 is there for a reason."""
+"""The precision that operators compute in: float32 where it is there for a reason, also under autocast."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -13,3 +14,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Left @ right in ``dtype``: as it leaves the accumulators where a GPU can, else rounded to the factors' first."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)

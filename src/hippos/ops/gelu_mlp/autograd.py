@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
+from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.kernel_fallback import none
 
 
@@ -59,9 +60,9 @@ def gelu_mlp_backward_op(
     again = None if act.numel() else torch.empty_like(inner)
     dinner = dy @ second
     db1 = gelu_bwd_(inner, b1, dinner, again)
-    dw2 = _weight_gradient(dy, act if again is None else again, weight_dtype)
+    dw2 = product_in(dy.t(), act if again is None else again, weight_dtype)
     del again
-    dw1 = _weight_gradient(dinner, rows, weight_dtype)
+    dw1 = product_in(dinner.t(), rows, weight_dtype)
     return (dinner @ first).view(u.shape), dw1, db1.to(b1.dtype), dw2
 
 
@@ -78,15 +79,6 @@ def _backward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dw1, dw2 = (w.new_empty(w.shape, dtype=weight_dtype) for w in (first, second))
     return u.new_empty(u.shape), dw1, torch.empty_like(b1), dw2
-
-
-def _weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dout^T x``, which on a GPU is never rounded to less than ``dtype``."""
-    if dtype == dout.dtype:
-        return dout.t() @ x
-    if dout.is_cuda:
-        return torch.mm(dout.t(), x, out_dtype=dtype)
-    return (dout.t() @ x).to(dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

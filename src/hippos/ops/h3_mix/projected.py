@@ -18,8 +18,9 @@ from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, is_common, saved_states
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
 from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative
 from hippos.ops.h3_mix.schedule import folds_bias
-from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, product_in, stack_projections
+from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, stack_projections
 from hippos.ops.kernel_device import is_interpreted
+from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.tracing import is_exporting
 

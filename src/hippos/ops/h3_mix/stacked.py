@@ -72,10 +72,3 @@ def allocate_stacked(projections: Projections, dtype: torch.dtype) -> Stacked:
         weight.new_empty(n_biases, dtype=torch.float32),
         weight.new_empty(n_biases, dtype=dtype),
     )
-
-
-def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Left @ right in ``dtype``: as it leaves the accumulators where a GPU can, else rounded to the factors' first."""
-    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
