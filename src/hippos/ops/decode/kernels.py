@@ -145,6 +145,27 @@ def rows_linear_kernel(
 
 
 @triton.jit
+def _updated(x_ptr, parts_ptr, b_ptr, place, offs_d, mask, batch, D: tl.constexpr, PARTS: tl.constexpr):
+    """A token of the stream, float32: with the parts of its update and their bias added, and rounded to x's dtype."""
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        x += tl.load(b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            x += tl.load(parts_ptr + part * batch * D + place, mask=mask, other=0.0)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _normed(x, mask, norm_w, norm_b, D: tl.constexpr, eps):
+    """LayerNorm(x) of one token, float32."""
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(mask, x - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    return centred * scale * norm_w + norm_b
+
+
+@triton.jit
 def add_norm_kernel(
     x_ptr,
     parts_ptr,
@@ -170,18 +191,10 @@ def add_norm_kernel(
     norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     if OVERLAPS:
         gdc_wait()
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    x = _updated(x_ptr, parts_ptr, b_ptr, place, offs_d, mask, batch, D, PARTS)
     if PARTS > 0:
-        x += tl.load(b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-        for part in tl.static_range(PARTS):
-            x += tl.load(parts_ptr + part * batch * D + place, mask=mask, other=0.0)
-        rounded = x.to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + place, rounded, mask=mask)
-        x = rounded.to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    centred = tl.where(mask, x - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    tl.store(u_ptr + place, (centred * scale * norm_w + norm_b).to(u_ptr.dtype.element_ty), mask=mask)
+        tl.store(x_ptr + place, x.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(u_ptr + place, _normed(x, mask, norm_w, norm_b, D, eps).to(u_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -214,16 +227,8 @@ def finish_step_kernel(
     if OVERLAPS:
         gdc_wait()
         gdc_launch_dependents()
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        x += tl.load(b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-        for part in tl.static_range(PARTS):
-            x += tl.load(parts_ptr + part * batch * D + place, mask=mask, other=0.0)
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    centred = tl.where(mask, x - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    tl.store(hidden_ptr + place, (centred * scale * norm_w + norm_b).to(hidden_ptr.dtype.element_ty), mask=mask)
+    x = _updated(x_ptr, parts_ptr, b_ptr, place, offs_d, mask, batch, D, PARTS)
+    tl.store(hidden_ptr + place, _normed(x, mask, norm_w, norm_b, D, eps).to(hidden_ptr.dtype.element_ty), mask=mask)
     token = tl.load(tokens_ptr + pid_b)
     tl.store(seen_ptr + pid_b.to(tl.int64) * seen_stride + token, True)
     tl.store(lengths_ptr + pid_b, tl.load(lengths_ptr + pid_b) + 1)
@@ -252,11 +257,8 @@ def norm_tokens_kernel(
     x += tl.load(shift_ptr + offs_d, mask=mask, other=0.0)
     norm_w = tl.load(norm_w_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     norm_b = tl.load(norm_b_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    centred = tl.where(mask, x - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
     u_ptr += row * stride_u
-    tl.store(u_ptr + offs_d, (centred * scale * norm_w + norm_b).to(u_ptr.dtype.element_ty), mask=mask)
+    tl.store(u_ptr + offs_d, _normed(x, mask, norm_w, norm_b, D, eps).to(u_ptr.dtype.element_ty), mask=mask)
     if COLUMNS > 0:
         columns = tl.arange(0, COLUMNS)
         tl.store(u_ptr + D + columns, tl.where(columns == 0, 1.0, 0.0).to(u_ptr.dtype.element_ty))

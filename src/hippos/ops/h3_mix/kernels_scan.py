@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hippos.ops.ssm_conv.kernels_scan import advance, power
+
 
 @triton.jit
 def _unfold(x, COUNT: tl.constexpr):
@@ -71,28 +73,13 @@ def _join_four(parts, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _advance(s_re, s_im, a_re, a_im, v_re, v_im):
-    """One step of the recurrence: a s + v."""
-    return a_re * s_re - a_im * s_im + v_re, a_re * s_im + a_im * s_re + v_im
-
-
-@triton.jit
 def _walk(re, im, a_re, a_im, s_re, s_im, COUNT: tl.constexpr):
     """The states before each of COUNT steps, (n, COUNT, MODES), and after the last, from s before the first."""
     all_re, all_im = (), ()
     for step in tl.static_range(COUNT):
         all_re, all_im = all_re + (s_re,), all_im + (s_im,)
-        s_re, s_im = _advance(s_re, s_im, a_re, a_im, re[step], im[step])
+        s_re, s_im = advance(s_re, s_im, a_re, a_im, re[step], im[step])
     return _fold(all_re, COUNT), _fold(all_im, COUNT), s_re, s_im
-
-
-@triton.jit
-def _power(a_re, a_im, EXPONENT: tl.constexpr):
-    """A ** EXPONENT, a power of two up to 16."""
-    for level in tl.static_range(4):
-        if (2 << level) <= EXPONENT:
-            a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
-    return a_re, a_im
 
 
 @triton.jit
@@ -162,8 +149,8 @@ def pass_states(
     else:
         end_re, end_im = re[0], im[0]
         for step in tl.static_range(1, STEPS):
-            end_re, end_im = _advance(end_re, end_im, a_re, a_im, re[step], im[step])
-        lane_re, lane_im = _power(a_re, a_im, STEPS)
+            end_re, end_im = advance(end_re, end_im, a_re, a_im, re[step], im[step])
+        lane_re, lane_im = power(a_re, a_im, STEPS)
         start_re, start_im, carry_re, carry_im = _enter_lanes(
             end_re, end_im, lane_re, lane_im, carry_re, carry_im, PIECES, SEGMENTS
         )

@@ -39,7 +39,7 @@ def _fold(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _advance(s_re, s_im, a_re, a_im, v_re, v_im):
+def advance(s_re, s_im, a_re, a_im, v_re, v_im):
     """One step of the recurrence: a s + v."""
     return a_re * s_re - a_im * s_im + v_re, a_re * s_im + a_im * s_re + v_im
 
@@ -53,12 +53,12 @@ def scan_steps(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr
     COUNT: tl.constexpr = v_re.shape[1]
     re, im = _unfold(v_re, COUNT), _unfold(v_im, COUNT)
     if COUNT == 1:
-        end_re, end_im = _advance(carry_re, carry_im, a_re, a_im, re[0], im[0])
+        end_re, end_im = advance(carry_re, carry_im, a_re, a_im, re[0], im[0])
         return _fold((carry_re,), 1), _fold((carry_im,), 1), end_re, end_im
     elif COUNT == 2:
         first: tl.constexpr = 1 if REVERSE else 0
-        mid_re, mid_im = _advance(carry_re, carry_im, a_re, a_im, re[first], im[first])
-        end_re, end_im = _advance(mid_re, mid_im, a_re, a_im, re[1 - first], im[1 - first])
+        mid_re, mid_im = advance(carry_re, carry_im, a_re, a_im, re[first], im[first])
+        end_re, end_im = advance(mid_re, mid_im, a_re, a_im, re[1 - first], im[1 - first])
         if REVERSE:
             return _fold((mid_re, carry_re), 2), _fold((mid_im, carry_im), 2), end_re, end_im
         else:
@@ -66,10 +66,10 @@ def scan_steps(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr
     else:
         start: tl.constexpr = 3 if REVERSE else 0
         step: tl.constexpr = -1 if REVERSE else 1
-        s1_re, s1_im = _advance(carry_re, carry_im, a_re, a_im, re[start], im[start])
-        s2_re, s2_im = _advance(s1_re, s1_im, a_re, a_im, re[start + step], im[start + step])
-        s3_re, s3_im = _advance(s2_re, s2_im, a_re, a_im, re[start + 2 * step], im[start + 2 * step])
-        end_re, end_im = _advance(s3_re, s3_im, a_re, a_im, re[start + 3 * step], im[start + 3 * step])
+        s1_re, s1_im = advance(carry_re, carry_im, a_re, a_im, re[start], im[start])
+        s2_re, s2_im = advance(s1_re, s1_im, a_re, a_im, re[start + step], im[start + step])
+        s3_re, s3_im = advance(s2_re, s2_im, a_re, a_im, re[start + 2 * step], im[start + 2 * step])
+        end_re, end_im = advance(s3_re, s3_im, a_re, a_im, re[start + 3 * step], im[start + 3 * step])
         if REVERSE:
             e_re, e_im = _fold((s3_re, s2_re, s1_re, carry_re), 4), _fold((s3_im, s2_im, s1_im, carry_im), 4)
         else:
@@ -78,12 +78,11 @@ def scan_steps(v_re, v_im, a_re, a_im, carry_re, carry_im, REVERSE: tl.constexpr
 
 
 @triton.jit
-def _power(a_re, a_im, EXPONENT: tl.constexpr):
-    """A ** 1, 2 or 4."""
-    if EXPONENT >= 2:
-        a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
-    if EXPONENT == 4:
-        a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
+def power(a_re, a_im, EXPONENT: tl.constexpr):
+    """A ** EXPONENT, a power of two up to 16."""
+    for level in tl.static_range(4):
+        if (2 << level) <= EXPONENT:
+            a_re, a_im = a_re * a_re - a_im * a_im, 2 * a_re * a_im
     return a_re, a_im
 
 
@@ -110,7 +109,7 @@ def pass_states(
         _, _, lane_re, lane_im = scan_steps(v_re, v_im, a_re, a_im, none, none, REVERSE)
         lane_re = tl.reshape(lane_re, (PIECES * outer, inner, modes))
         lane_im = tl.reshape(lane_im, (PIECES * outer, inner, modes))
-        lane_a_re, lane_a_im = _power(a_re, a_im, STEPS)
+        lane_a_re, lane_a_im = power(a_re, a_im, STEPS)
         if outer == 1:
             start_re, start_im, carry_re, carry_im = scan_steps(
                 lane_re, lane_im, lane_a_re, lane_a_im, carry_re, carry_im, REVERSE
@@ -120,7 +119,7 @@ def pass_states(
             _, _, far_re, far_im = scan_steps(lane_re, lane_im, lane_a_re, lane_a_im, none, none, REVERSE)
             far_re = tl.reshape(far_re, (PIECES, outer, modes))
             far_im = tl.reshape(far_im, (PIECES, outer, modes))
-            far_a_re, far_a_im = _power(lane_a_re, lane_a_im, inner)
+            far_a_re, far_a_im = power(lane_a_re, lane_a_im, inner)
             far_re, far_im, carry_re, carry_im = scan_steps(
                 far_re, far_im, far_a_re, far_a_im, carry_re, carry_im, REVERSE
             )
