@@ -116,8 +116,8 @@ def test_forward(batch, seqlen, run, dtype, n_modes, has_initial, absent, makes)
     wanted, wanted_state = convolve(exact(inputs), initial_state=initial, return_state=True)
     # Samples and states are rounded to float16, which is noticed in float16 alone.
     assert relative_error(y, wanted) < (1.9 if dtype == torch.float16 else 1.2) * ROUNDING[dtype]
-    # Samples enter the states with the eleven digits of float16.
-    assert relative_error(state[..., :n_modes, :], wanted_state) < 1e-3
+    # Samples enter the states with the eleven digits of float16, operators of bfloat16 signals too.
+    assert relative_error(state[..., :n_modes, :], wanted_state) < (3.2e-4 if dtype == torch.float16 else 5e-4)
     if n_saved > 1:
         until = (x[..., :256] if x is not None and x.dim() == 3 and x.shape[-1] == seqlen else x for x in inputs)
         _, second = convolve(exact(Inputs(*until)), initial_state=initial, return_state=True)
