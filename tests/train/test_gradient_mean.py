@@ -20,7 +20,7 @@ from tests.train.test_processes import STILL, assert_same_run
 
 
 def exchange(out: Path) -> None:
-    """Average gradients of two processes, twice, the second time with fewer of them."""
+    """Average gradients of two processes, three times: of all parameters, of the first two, of the others."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     shapes = [((3, 5), torch.float32), ((7,), torch.float64), ((2,), torch.float32)]
@@ -28,10 +28,10 @@ def exchange(out: Path) -> None:
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
     mean = GradientMean([*parameters, frozen])
     found: list[Any] = [[parameter.detach().clone() for parameter in parameters]]
-    for n_trained in (3, 2):
+    for trained in ((0, 1, 2), (0, 1), (1, 2)):
         for place, parameter in enumerate(parameters):
             gradient = torch.full_like(parameter, 10.0 * place + rank)
-            parameter.grad = gradient if place < n_trained else None
+            parameter.grad = gradient if place in trained else None
         mean()
         found.append([None if parameter.grad is None else parameter.grad.clone() for parameter in parameters])
     if rank == 0:
@@ -40,13 +40,15 @@ def exchange(out: Path) -> None:
 
 def test_all_processes_get_the_mean(tmp_path: Path) -> None:
     workers.run_workers(2, exchange, tmp_path / "found.pt", log=tmp_path / "log")
-    weights, first, second = torch.load(tmp_path / "found.pt")
+    weights, first, second, third = torch.load(tmp_path / "found.pt")
     assert all(bool((weight == 1).all()) for weight in weights), "the first process's weights"
     assert [float(gradient.mean()) for gradient in first] == [0.5, 10.5, 20.5]
     assert [gradient.shape for gradient in first] == [(3, 5), (7,), (2,)]
     assert [gradient.dtype for gradient in first] == [torch.float32, torch.float64, torch.float32]
     assert [float(gradient.mean()) for gradient in second[:2]] == [0.5, 10.5]
     assert second[2] is None
+    assert third[0] is None
+    assert [(float(x.mean()), x.shape) for x in third[1:]] == [(10.5, (7,)), (20.5, (2,))]
 
 
 class Passes:

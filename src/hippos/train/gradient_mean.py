@@ -36,7 +36,7 @@ class GradientMean:
     def __call__(self) -> None:
         """Exchange; called by all processes when their gradients are complete."""
         trained = [parameter for parameter in self._parameters if parameter.grad is not None]
-        if len(trained) != len(self._trained):
+        if [*map(id, trained)] != [*map(id, self._trained)]:
             self._lay_out(trained)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         torch._foreach_copy_(self._views, gradients)
