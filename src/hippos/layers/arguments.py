@@ -1,13 +1,11 @@
-"""Checks that SSM layers share, and the place where autocast ends."""
+"""Checks that layers share."""
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 from torch import Tensor, nn
 
 from hippos.layers.projections import is_plain_linear
+from hippos.ops.precision import is_under_autocast
 
 
 def check_tokens(u: Tensor, wanted: str, ndim: int | None, d_model: int, linear: nn.Module) -> None:
@@ -32,7 +30,7 @@ def check_tokens(u: Tensor, wanted: str, ndim: int | None, d_model: int, linear:
         raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
     if not u.is_floating_point():
         raise TypeError(f"u must be floating point, got {u.dtype}")
-    if is_plain_linear(linear) and not is_under_autocast(u.device.type):
+    if is_plain_linear(linear) and not is_under_autocast(u.device):
         dtype = linear.weight.dtype
         if u.dtype != dtype:
             raise TypeError(f"u must have the dtype of the projections, {dtype}, got {u.dtype}")
@@ -51,15 +49,3 @@ def check_mask(mask: Tensor | None, u: Tensor) -> None:
         raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     if mask.shape != u.shape[:2]:
         raise ValueError(f"mask must have shape {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
-
-
-def is_under_autocast(device_type: str) -> bool:
-    """Whether autocast is on for tensors of such a device; never for those on "meta", of which it knows nothing."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
-    """Give a context in which SSMs compute in full precision."""
-    if is_under_autocast(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

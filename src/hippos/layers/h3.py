@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from hippos.layers.arguments import check_mask, check_tokens, is_under_autocast, without_autocast
+from hippos.layers.arguments import check_mask, check_tokens
 from hippos.layers.param_groups import ParamGroup, param_groups
 from hippos.layers.projections import (
     plain_projections,
@@ -21,6 +21,7 @@ from hippos.layers.ssm_shift import ShiftOperators, ShiftSSM
 from hippos.ops import H3State, h3_mix
 from hippos.ops.arguments import check_offsets, document_bounds, must_read_offsets
 from hippos.ops.h3_mix.projected import h3_projected, takes_projected
+from hippos.ops.precision import product_dtype, without_autocast
 from hippos.ops.ssm_step import H3Step, h3_step_operators, h3_step_prepared
 from hippos.ops.tracing import is_exporting
 
@@ -192,7 +193,7 @@ class H3(nn.Module):
         if mask is not None:
             is_padding = (mask == 0).unsqueeze(1)
             k, v = k.masked_fill(is_padding, 0), v.masked_fill(is_padding, 0)
-        with without_autocast(u.device.type):
+        with without_autocast(u.device):
             diag = self.diag.operators()
             shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
             mixed = h3_mix(
@@ -231,7 +232,7 @@ class H3(nn.Module):
             return self.step(u.squeeze(1), state, ring_position=ring_position).unsqueeze(1)
         check_tokens(u, "(B, D) or (B, 1, D)", 2, self.d_model, self.k_proj)
         q, k, v = self._project(u, project_tokens)  # (B, D)
-        with without_autocast(u.device.type):
+        with without_autocast(u.device):
             o = h3_step_prepared(q, k, v, state, self.step_operators(), ring_position=ring_position)
         return project_tokens(self.out_proj, self._order_channels(o))
 
@@ -311,10 +312,8 @@ class H3(nn.Module):
         projections = plain_projections(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         if projections is None:
             return None
-        device_type = u.device.type
-        is_autocast = is_under_autocast(device_type)
-        u = u.to(torch.get_autocast_dtype(device_type) if is_autocast else projections.q.dtype)
-        with without_autocast(device_type):
+        u = u.to(product_dtype(u.device, projections.q.dtype))
+        with without_autocast(u.device):
             diag = self.diag.operators()
             shift = _no_shift(self.d_model, diag.skip) if self.shift is None else self.shift.operators()
             if not takes_projected(u, projections.q, shift.filter, diag.log_a):
@@ -332,12 +331,11 @@ class H3(nn.Module):
         return by_head.transpose(1, 2).flatten(1, 2)
 
     def _key_dtype(self) -> torch.dtype:
-        device_type = self.diag.D.device.type
-        if is_under_autocast(device_type):
-            return torch.get_autocast_dtype(device_type)
         # Quantised weights are integers, and their outputs' dtype cannot be known here; float32 holds any key exactly.
-        weight = getattr(self.k_proj, "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.diag.D.dtype
+        weight, D = getattr(self.k_proj, "weight", None), self.diag.D
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return product_dtype(D.device, weight.dtype)
+        return product_dtype(D.device, D.dtype)
 
 
 def _no_shift(d_model: int, like: Tensor) -> ShiftOperators:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hippos.layers.arguments import is_under_autocast, without_autocast
 from hippos.ops.h3_mix.stacked import Projections
+from hippos.ops.precision import product_dtype, without_autocast
 
 __all__ = ["project_jointly"]
 
@@ -27,12 +27,10 @@ def project_jointly(projections: Projections, u: Tensor) -> tuple[Tensor, Tensor
     Returns:
         q, k and v, shape (B, D, L), views of one tensor in which L has stride 1.
     """
-    device_type = u.device.type
-    is_autocast = is_under_autocast(device_type)
-    u = u.to(torch.get_autocast_dtype(device_type) if is_autocast else projections.q.dtype)
+    u = u.to(product_dtype(u.device, projections.q.dtype))
     parameters = (projections.q, projections.k, projections.v)
     biases = projections[4:7]
-    with without_autocast(device_type):
+    with without_autocast(u.device):
         return cast(tuple[Tensor, Tensor, Tensor], _Joint.apply(u, *parameters, *biases))  # type: ignore[no-untyped-call]
 
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippos.errors import UnsupportedError
-from hippos.layers.arguments import check_mask, check_tokens, without_autocast
+from hippos.layers.arguments import check_mask, check_tokens
 from hippos.layers.param_groups import ParamGroup, param_groups
 from hippos.layers.projections import project_tokens
 from hippos.layers.ssm_module import SSMModule
 from hippos.ops import ssm_conv, ssm_step
+from hippos.ops.precision import without_autocast
 
 
 class SSMLayer(nn.Module, abc.ABC):
@@ -132,7 +133,7 @@ class SSMLayer(nn.Module, abc.ABC):
         x = self._enter(u)
         if mask is not None:
             x = x.masked_fill((mask == 0).unsqueeze(-1), 0)
-        with without_autocast(u.device.type):
+        with without_autocast(u.device):
             y, state = self._run(x.transpose(1, 2), initial_state, return_state, cu_seqlens)
         out = self._leave(y.transpose(1, 2), u)
         return out if state is None else (out, state)
@@ -158,7 +159,7 @@ class SSMLayer(nn.Module, abc.ABC):
         check_tokens(u, "(B, D) or (B, 1, D)", 2, self.d_model, self.out_proj)
         self._check_recurrence("step")
         x = self._enter(u)
-        with without_autocast(u.device.type):
+        with without_autocast(u.device):
             y = self._advance(x, state)
         return self._leave(y, u)
 

@@ -21,11 +21,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hippos.errors import ConfigError, UnsupportedError
 from hippos.layers import H3, SSMLayer
-from hippos.layers.arguments import without_autocast
 from hippos.layers.h3 import _no_shift
 from hippos.layers.joint_projection import project_jointly
 from hippos.layers.projections import plain_projections, project_from_channels, project_to_channels
 from hippos.ops import H3State, h3_mix
+from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_state import h3_initial_gradient, h3_state_after, initial_gradient, pass_time, state_after
 
 __all__ = ["ContextPart", "attend_in_context", "mix_in_context", "split_context"]
@@ -221,7 +221,7 @@ def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
     else:
         q, k, v = project_jointly(projections, u)  # (B, D, L)
     seqlen = k.shape[-1]
-    with without_autocast(u.device.type):
+    with without_autocast(u.device):
         diag = mixer.diag.operators()
         shift = _no_shift(mixer.d_model, diag.skip) if mixer.shift is None else mixer.shift.operators()
         n_keys = shift.filter.shape[1] - 1
@@ -246,7 +246,7 @@ def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
 def _mix_ssm(mixer: SSMLayer, u: Tensor, part: ContextPart) -> Tensor:
     mixer._check_recurrence("a state")
     x = mixer._enter(u)
-    with without_autocast(u.device.type):
+    with without_autocast(u.device):
         operators = mixer.ssm.operators()
         if not hasattr(operators, "log_a"):
             raise UnsupportedError(f"{type(mixer).__name__} layers cannot be split over processes: no diagonal SSM")

@@ -22,6 +22,7 @@ from hippos.models.block import H3Block, mix_ssm
 from hippos.models.layout import TokenLayout
 from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
 from hippos.ops.gelu_mlp import gelu_mlp
+from hippos.ops.precision import product_dtype
 from hippos.ops.tracing import has_values
 
 __all__ = ["run_fused_trunk", "run_mixer", "run_mlp", "takes_fused_trunk"]
@@ -68,7 +69,7 @@ def run_mixer(
     block: Any, stream: Tensor, update: Tensor | None, update_bias: Tensor | None, layout: TokenLayout
 ) -> tuple[Tensor, Tensor]:
     """Bring the stream up to date, and give it with what the block's mixer adds to it."""
-    kept = _add_norm(block.norm1, stream, update, update_bias, _product_dtype(stream))
+    kept = _add_norm(block.norm1, stream, update, update_bias, product_dtype(stream.device, stream.dtype))
     with _made_again(kept) if block.recomputes_cheap_parts else nullcontext():
         return kept.total, _mix(block.mixer, kept.normed, layout)
 
@@ -76,16 +77,10 @@ def run_mixer(
 def run_mlp(block: Any, stream: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
     """Bring the stream up to date, and give it with what the block's MLP adds to it, the last bias left out."""
     recomputes = block.recomputes_cheap_parts
-    kept = _add_norm(block.norm2, stream, update, None, _product_dtype(stream))
+    kept = _add_norm(block.norm2, stream, update, None, product_dtype(stream.device, stream.dtype))
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     with _made_again(kept) if recomputes else nullcontext():
         return kept.total, gelu_mlp(kept.normed, fc1.weight, fc1.bias, fc2.weight, recomputes=recomputes, impl="triton")
-
-
-def _product_dtype(stream: Tensor) -> torch.dtype:
-    device_type = stream.device.type
-    is_autocast = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_autocast else stream.dtype
 
 
 def _add_norm(

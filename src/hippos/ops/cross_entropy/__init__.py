@@ -10,6 +10,7 @@ from hippos.ops.arguments import Impl, check_impl
 from hippos.ops.cross_entropy.autograd import linear_cross_entropy_op
 from hippos.ops.cross_entropy.choice import why_not_triton
 from hippos.ops.cross_entropy.reference import linear_cross_entropy_reference
+from hippos.ops.precision import product_dtype
 
 __all__ = ["linear_cross_entropy"]
 
@@ -51,10 +52,8 @@ def linear_cross_entropy(
     check_impl("linear_cross_entropy", impl, has_triton=True)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check(hidden, weight, targets, vocab_size, chunk_tokens, ignore_index)
-    device_type = hidden.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-    if hidden.dtype == torch.float64:
-        dtype = torch.float64
+    is_double = hidden.dtype == torch.float64
+    dtype = torch.float64 if is_double else product_dtype(hidden.device, hidden.dtype)
     if impl == "reference":
         return linear_cross_entropy_reference(hidden, weight, targets, vocab_size, ignore_index)
     reason = why_not_triton(hidden, dtype)
