@@ -94,6 +94,10 @@ def test_stop_strings(run):
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive number, got 0.0"),
         (["--prompt", "abc", "--context", "9"], "the prompt has 3 tokens, and 128 more are wanted: the attention"),
         (["--prompt", "a", "--stop", ""], "a stop string must have at least one character"),
+        (
+            ["--prompt", "a", "--dtype", "int8"],
+            "dtype must be one of auto, float32, bfloat16, float16, float64, got 'int8'",
+        ),
         (["--prompt", "a", "--device", "cuda:77"], "this machine has no device 'cuda:77'"),
         (["--prompt", "a", "--tokenizer", "./nowhere"], "no tokenizer can be read from ./nowhere"),
     ],
@@ -106,17 +110,10 @@ def test_errors_are_one_plain_line(run, args, line):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize(
-    ("args", "stdin", "words"),
-    [
-        (["--prompt", "a", "--dtype", "int8"], None, "'int8' is not one of auto, float32"),
-        ([], b"\xff\xfe\x00", "standard input is not UTF-8 text"),
-    ],
-)
-def test_usage_errors(run, args, stdin, words):
-    result = run(*args, stdin=stdin)
+def test_a_prompt_that_is_no_text_is_a_usage_error(run):
+    result = run(stdin=b"\xff\xfe\x00")
     assert result.exit_code == 2
-    assert words in " ".join(result.stderr.replace("\u2502", " ").split())
+    assert "standard input is not UTF-8 text" in result.stderr
 
 
 def test_a_file_of_prompts(run, tmp_path):

@@ -142,6 +142,13 @@ def test_usage_errors(arguments: list[str], message: str) -> None:
     assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("dtype", ["half", "nn", "int8"])
+def test_a_model_is_evaluated_in_the_dtypes_that_help_names(run: Path, text: Path, dtype: str) -> None:
+    done = invoke("evaluate", run, "--text", text, "--dtype", dtype)
+    assert done.exit_code == 1
+    assert f"dtype must be one of auto, float32, bfloat16, float16, float64, got '{dtype}'" in done.stderr
+
+
 def test_recipes_are_listed() -> None:
     done = invoke("train", "--recipes")
     assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["demo", "small"]

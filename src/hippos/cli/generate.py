@@ -80,7 +80,6 @@ def generate(
         git diff | hippos generate gpt2 --greedy --stop "diff"
         hippos generate runs/demo --batch-file prompts.jsonl --out answers.jsonl
     """
-    _check_dtype(dtype)
     _check_files(prompt, batch_file, out, batch_size)
     text = "" if batch_file is not None else _read_prompt(prompt)
 
@@ -108,12 +107,6 @@ def generate(
         typer.echo(json.dumps(stream.result.as_dict(), ensure_ascii=False, indent=2))
         return
     _show(stream, text if echo else "")
-
-
-def _check_dtype(dtype: str) -> None:
-    names = ("auto", "float32", "bfloat16", "float16", "float64")
-    if dtype not in names:
-        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(names)}", param_hint="--dtype")
 
 
 def _check_files(prompt: str | None, batch_file: Path | None, out: Path | None, batch_size: int | None) -> None:

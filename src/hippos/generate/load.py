@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from hippos.data.hub import first_line, is_hub_name, why_not_on_hub
-from hippos.errors import CheckpointError, TokenizerError, UnsupportedError
+from hippos.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError
 from hippos.generate.int8 import quantise_int8
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -27,7 +28,8 @@ def load_text_model(
     Args:
         name: A model folder, a training run's folder, or the name of a model on the Hugging Face hub.
         tokenizer: Folder or hub name of the tokenizer, if the model's folder has none.
-        dtype: Of the weights; "auto" keeps that of the checkpoint. SSM parameters of H3 stay float32.
+        dtype: Of the weights: "float32", "bfloat16", "float16", "float64", one of torch's, or "auto", which keeps that of
+            the checkpoint. SSM parameters of H3 stay float32.
         device: "auto" takes the first CUDA device, or the CPU.
         int8: Whether the weights become int8, see `quantise_int8`.
 
@@ -35,6 +37,7 @@ def load_text_model(
         The model in evaluation mode on ``device``, and its tokenizer.
 
     Raises:
+        ConfigError: If ``dtype`` is none of these.
         CheckpointError: If there is no such model, or it cannot be opened.
         TokenizerError: If there is no tokenizer.
         UnsupportedError: If the device is not there, or torchao for int8.
@@ -43,6 +46,8 @@ def load_text_model(
 
     import hippos.models  # noqa: F401  (the command has not registered H3 yet)
 
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place = find_device(device)
     source = find_model(name)
     tokenizer_source = _find_tokenizer(source, tokenizer)
