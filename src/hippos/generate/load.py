@@ -28,8 +28,8 @@ def load_text_model(
     Args:
         name: A model folder, a training run's folder, or the name of a model on the Hugging Face hub.
         tokenizer: Folder or hub name of the tokenizer, if the model's folder has none.
-        dtype: Of the weights: "float32", "bfloat16", "float16", "float64", one of torch's, or "auto", which keeps that of
-            the checkpoint. SSM parameters of H3 stay float32.
+        dtype: Of the weights: "float32", "bfloat16", "float16", "float64", one of torch's, or "auto", which keeps the
+            checkpoint's. SSM parameters of H3 stay float32.
         device: "auto" takes the first CUDA device, or the CPU.
         int8: Whether the weights become int8, see `quantise_int8`.
 
