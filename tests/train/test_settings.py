@@ -8,6 +8,7 @@ import pytest
 
 from hippos.errors import ConfigError
 from hippos.train import TrainConfig, apply_settings
+from hippos.train.other_names import _OTHER_NAMES
 from hippos.train.settings import known_settings, parse_value
 
 
@@ -54,6 +55,9 @@ def test_later_settings_win(tiny: TrainConfig) -> None:
         ("hiden_size=3", r"unknown --set key 'hiden_size'; the nearest are model\.hidden_size, "),
         ("optim.seqlen=3", r"unknown --set key 'optim\.seqlen'; the nearest are data\.seqlen, "),
         ("data.learning_rat=3", r"unknown --set key 'data\.learning_rat'; the nearest are optim\.learning_rate, "),
+        ("lr=1e-3", r"unknown --set key 'lr'; here it is optim\.learning_rate$"),
+        ("optim.Per-Device-Batch-Size=3", r"'optim\.Per-Device-Batch-Size'; here it is optim\.micro_batch_size$"),
+        ("dropout=0.1", "here it is model.embedding_dropout or model.residual_dropout or model.attention_dropout$"),
         ("steps=many", r"optim\.steps must be a whole number, got 'many'"),
         ("steps=1.5", r"optim\.steps must be a whole number, got '1\.5'"),
         ("learning_rate=fast", r"optim\.learning_rate must be a number, got 'fast'"),
@@ -104,3 +108,10 @@ def test_every_field_of_every_section_can_be_set() -> None:
         "model.attn_layers",
     } <= set(known)
     assert "model.id2label" not in known, "Transformers' own fields are not the model's"
+
+
+def test_other_names_lead_to_settings_that_exist_and_hide_none() -> None:
+    known = known_settings()
+    names = {full.partition(".")[2] for full in known}
+    assert not set(_OTHER_NAMES) - set(known)
+    assert not names & {name for others in _OTHER_NAMES.values() for name in others.split()}

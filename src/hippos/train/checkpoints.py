@@ -3,7 +3,8 @@
 A checkpoint is the folder ``checkpoint-<step>``. It is written inside ``checkpoint-<step>.tmp``; when every byte is on
 disk, the manifest ``complete.json`` (which lists all files with their sizes) is added, and one rename moves the folder
 out to its place. So a kill at any moment leaves every earlier checkpoint as it was. One that does not match its
-manifest was damaged later, by other hands or a failing disk: no run goes on from it, and none deletes it.
+manifest, or bears the name of another step, was changed later, by other hands or a failing disk: no run goes on from
+it.
 """
 
 from __future__ import annotations
@@ -60,16 +61,19 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint's manifest is there in full length."""
+    """Whether the checkpoint is of the step in its name, and every file of its manifest is there in full length."""
     return _damage(checkpoint) is None
 
 
 def _damage(checkpoint: Path) -> str | None:
     """The first thing that is wrong with a checkpoint, in words, or None."""
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())["files"].items()
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        step, sizes = int(manifest["step"]), manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
+    if step != checkpoint_step(checkpoint):
+        return f"it holds step {step} (named checkpoint-{step} it would be taken)"
     for name, size in sizes:
         path = checkpoint / name
         if not path.is_file():
@@ -80,7 +84,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def damaged_checkpoints(run: Path) -> dict[str, str]:
-    """The checkpoints that do not match their manifest, oldest step first, each with what is wrong with it."""
+    """The checkpoints that do not match name and manifest, oldest step first, each with what is wrong with it."""
     if not run.is_dir():
         return {}
     named = sorted((path for path in run.iterdir() if _NAME.fullmatch(path.name)), key=checkpoint_step)

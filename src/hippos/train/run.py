@@ -133,9 +133,9 @@ def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, 
             progress.note(
                 "With another micro_batch_size losses go on as they were but for rounding and dropout's draws"
             )
-        for name, damage in damaged_checkpoints(run).items():
-            progress.note(f"{name} is damaged ({damage}): it is left as it is, and the run goes on from an earlier one")
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        for name, damage in damaged_checkpoints(run).items():
+            progress.note(f"{name} is passed over, and replaced when the run comes to its step: {damage}")
         progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
         summary = read_summary(run)
         is_done = summary is not None and summary["steps"] == done >= config.optim.steps

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hippos.errors import ConfigError
 from hippos.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from hippos.train.other_names import called_here
 
 __all__ = ["apply_settings", "known_settings", "parse_value"]
 
@@ -32,8 +33,8 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         The changed configuration, checked.
 
     Raises:
-        ConfigError: If a text has no ``=``, a key is unknown (the message gives the nearest) or ambiguous, or a value
-            does not parse.
+        ConfigError: If a text has no ``=``, a key is unknown (the message gives ours, or the nearest) or ambiguous, or a
+            value does not parse.
     """
     wanted: dict[str, dict[str, Any]] = {}
     for setting in settings:
@@ -131,6 +132,8 @@ def _find(key: str) -> tuple[str, str, Any]:
     matches = [key] if key in known else [full for full in known if full.partition(".")[2] == key]
     if len(matches) > 1:
         raise ConfigError(f"--set {key} could mean {' or '.join(matches)}: write one of these")
+    if not matches and (ours := called_here(key.rpartition(".")[2])):
+        raise ConfigError(f"unknown --set key {key!r}; here it is {' or '.join(ours)}")
     if not matches:
         raise ConfigError(f"unknown --set key {key!r}; the nearest are {', '.join(_nearest(key, known))}")
     section, _, name = matches[0].partition(".")
