@@ -33,8 +33,8 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         The changed configuration, checked.
 
     Raises:
-        ConfigError: If a text has no ``=``, a key is unknown (the message gives ours, or the nearest) or ambiguous, or a
-            value does not parse.
+        ConfigError: If a text has no ``=``, a key is unknown (the message gives ours, or the nearest) or ambiguous, or
+            a value does not parse.
     """
     wanted: dict[str, dict[str, Any]] = {}
     for setting in settings:
