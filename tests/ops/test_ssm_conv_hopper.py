@@ -156,6 +156,16 @@ def adjoint_states(inputs: Inputs, dout, ends) -> torch.Tensor:
 )
 @pytest.mark.parametrize("ends", [True, False], ids=["parameters", "operators"])
 def test_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends):
+    check_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends)
+
+
+@pytest.mark.parametrize(("batch", "seqlen", "run", "ends"), [(1, 8192, 64, False), (2, 4096, 32, True)])
+def test_backward_with_the_gradient_of_what_follows(batch, seqlen, run, ends):
+    dstate = Draw(seed=2).normal(batch, 1, MODES, 2, dtype=torch.float32)
+    check_backward(batch, seqlen, run, 1, MODES, (), ends, dstate)
+
+
+def check_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends, dstate=None):
     inputs, dout = make_inputs(batch, 1, seqlen, torch.bfloat16, n_modes)
     inputs = without(inputs, absent)
     taps, into, outof, decay = operators(*(padded(x).double() for x in inputs[1:4]), inputs.d.double())
@@ -166,6 +176,8 @@ def test_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends):
         until = (x[..., : 256 * i] if x is not None and x.dim() == 3 and x.shape[-1] == seqlen else x for x in inputs)
         saved[:, :, i, :n_modes] = convolve(Inputs(*until), return_state=True)[1]
     later = padded(adjoint_states(inputs, dout, [length * (i + 1) for i in range(n_pieces)]).mT).mT.contiguous()
+    if dstate is not None:
+        later = dstate.mT.contiguous()
     gradients = [torch.full_like(dout, torch.nan) for _ in range(3)]
     shapes = ((CHUNK, CHUNK), (CHUNK, MODES, 2), (CHUNK, MODES, 2), (MODES, 2))
     partial = [torch.empty(splits, *shape) for shape in shapes]
@@ -176,7 +188,7 @@ def test_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends):
         FOLDER, (*MODULES, *BACKWARD), "ssm_conv_bwd_hopper_kernel", splits,
         *signals, *gradients, *halved, decay.float().contiguous(), *inputs[1:5], saved, later, *partial, *parameters,
         *strides(*signals), 1, n_modes, batch, seqlen, n_pieces, length, -(-length // (64 * run)), n_groups,
-        -(-n_groups // splits), n_saved, batch * n_pieces if n_pieces > 1 else 0,
+        -(-n_groups // splits), n_saved, batch * n_pieces if n_pieces > 1 or dstate is not None else 0,
         RUN=run, IS_CUT=n_pieces > 1, IS_FULL=batch * n_pieces * run % 64 == 0 and length % (64 * run) == 0,
         MAKES=ends, ENDS=ends, HAS_D=True, HAS_IN="in_gate" not in absent, HAS_OUT="out_gate" not in absent, n_warps=8,
     )  # fmt: skip
@@ -184,7 +196,9 @@ def test_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends):
     u, log_a, b, c, d, in_gate, out_gate, _ = leaves
     gradients = [gradient for gradient, x in zip(gradients, (u, in_gate, out_gate), strict=True) if x is not None]
     present = [x for x in (u, in_gate, out_gate) if x is not None] + [log_a, b, c, d]
-    wanted = torch.autograd.grad(convolve(leaves), present, dout.double())
+    y, state = convolve(leaves, return_state=True)
+    dstate = torch.zeros_like(state) if dstate is None else dstate.double()
+    wanted = torch.autograd.grad((y, state), present, (dout.double(), dstate))
     if not ends:
         made = operators(*(padded(x) for x in (log_a, b, c)), d)
         lag = torch.arange(CHUNK) - torch.arange(CHUNK).unsqueeze(1)

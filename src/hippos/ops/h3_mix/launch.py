@@ -125,7 +125,8 @@ def h3_mix_fwd(
         STEPS=at.steps, PIECES=at.pieces, SEGMENTS=at.segments, MODES=modes,
         SAVE_SPAN=save_span, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
         IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
-        HAS_BIAS=bias is not None, WRITES_BACK=writes_back, HAS_PAST=past is not None, WANTS_STATE=wants_state,
+        HAS_BIAS=bias is not None, WRITES_BACK=writes_back, HAS_PAST=past is not None,
+        HAS_MORE_PASTS=past is not None and per_program > 1, WANTS_STATE=wants_state,
         IS_FULL=is_full(pieces, at, seqlen), IS_WIDE=is_wide(at, seqlen, *(x.stride(0) for x in (q, k, v, y))),
         num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
     )  # fmt: skip
@@ -187,6 +188,12 @@ def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None
     k, n_taps = inputs.k, inputs.shift_filter.shape[1]
     (batch, d_model, seqlen), past = k.shape, inputs.past if n_taps > 1 else None
     if batch == 0:
+        return key
+    head = next_power_of_two(n_taps - 1)  # the samples that the past reaches
+    if past is not None and cu_seqlens is None and seqlen > head:
+        # Looking for the past in every tile costs more than making the first keys once more.
+        _shift_keys(inputs._replace(past=None), key)
+        _shift_keys(inputs._replace(k=k[..., :head]), key[..., :head])
         return key
     schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
     table = _table_of(k, cu_seqlens, pieces)

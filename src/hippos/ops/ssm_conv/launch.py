@@ -202,10 +202,12 @@ def ssm_conv_bwd(
     dd = torch.empty((n_heads,) if d is not None else (0,), device=device)
     dstate = None if dstate is None else _pad_modes(dstate, modes)
     tiles = None
-    if cu_seqlens is None and dstate is None and initial_state is None:
+    if cu_seqlens is None and initial_state is None:
         signals = (u, in_gate, out_gate, dout, du, din, dgate)
         if takes_hopper_backward(schedule, n_modes, signals, saved):
             tiles = whole_tiles(batch, n_heads, seqlen, LEAST_PROGRAMS) or cut_tiles(batch, seqlen, pieces)
+        if dstate is not None and tiles is not None and not tiles.fill_pieces:
+            tiles = None  # a gradient that comes from behind a piece enters at the end of its last tile
     if tiles is None or not backward_makes_operators(tiles):
         operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
     table = None if cu_seqlens is None else place_documents(cu_seqlens, seqlen, pieces)
@@ -215,6 +217,8 @@ def ssm_conv_bwd(
         later = states_between_pieces(dout, out_gate, log_a, operators, None, table, pieces, schedule,
                                       dstate=dstate, whole=whole, is_reverse=True, is_planar=True)  # fmt: skip
     if tiles is not None:
+        if later is None and dstate is not None:  # of the state after the last sample, as all chunks are whole
+            later = dstate.transpose(-1, -2).contiguous()
         partial, splits = launch_hopper_backward(
             tiles, inputs, operators, dout, saved, later, (du, din, dgate), (dlog_a, db, dc, dd)
         )

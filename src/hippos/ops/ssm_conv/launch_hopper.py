@@ -47,6 +47,11 @@ class HopperTiles:
         return -(-self.pieces.total // (ROWS // self.run))
 
     @property
+    def fill_pieces(self) -> bool:
+        """Whether a piece's last tile ends where the piece does."""
+        return self.n_tiles * self.run * CHUNK == self.pieces.length
+
+    @property
     def fullness(self) -> float:
         """The share of the tiles' rows that hold chunks."""
         return self.pieces.total * self.pieces.length / (self.n_tiles * self.n_groups * ROWS * CHUNK)
@@ -209,7 +214,7 @@ def launch_hopper_backward(
         operators: Chunk operators in bfloat16, or None: each program makes its own.
         dout: Gradient of y.
         saved: The states before every 256 samples, (B, H, L / 256, 32, 2).
-        later: The adjoint state after each piece, (n, H, 2, 32), or None if pieces are whole sequences.
+        later: The adjoint state after each piece, (n, H, 2, 32), or None: whole sequences that nothing follows.
         gradients: Memory for those of u, its gate and the output's gate, laid out like the gradient of y.
         parameters: Memory for those of log_a, b, c and d, where no operators are given.
 
