@@ -10,7 +10,6 @@ from hippos.ops.h3_mix.kernels import (
     load_chunks,
     load_shift_operator,
     load_windows,
-    locate_document_rows,
     locate_rows,
     split_operator,
     store_chunks,
@@ -29,14 +28,13 @@ from hippos.ops.ssm_conv.kernels import (
     to_pairs,
     two_to,
 )
-from hippos.ops.ssm_conv.kernels_rows import keep_document, keep_since, read_resets, store_rows
 
 
 @triton.jit
 def h3_mix_fwd_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, filter_ptr, skip_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
-    past_ptr, initial_ptr, state_ptr, saved_ptr, bias_ptr, rows_ptr, owners_ptr, resets_ptr,
+    past_ptr, initial_ptr, state_ptr, saved_ptr, bias_ptr,
     q_stride_b, q_stride_c, k_stride_b, k_stride_c, v_stride_b, v_stride_c, y_stride_b, y_stride_c,
     past_stride_b, past_stride_c, past_stride_s,
     n_heads, seqlen, n_taps, n_total, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_initial,
@@ -102,27 +100,19 @@ def h3_mix_fwd_kernel(
     carry_re = tl.zeros((PIECES, MODES), tl.float32)
     carry_im = tl.zeros((PIECES, MODES), tl.float32)
     # A tile's keys are read one tile ahead: carried around the loop, they enter their product from shared memory.
-    if HAS_ROWS:
-        sequence, delta, start, is_row, first, last, is_end = locate_document_rows(rows_ptr, 0, CHUNK, ROWS)
-    else:
-        sequence, delta, start, is_row = locate_rows(
-            first_group, 0, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
-        )
+    sequence, delta, start, is_row = locate_rows(
+        first_group, 0, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
+    )
     windows = load_windows(
         k_ptr, past_ptr, 0.0, sequence, delta, start, is_row, sequence + delta, 0, seqlen, channel, k_stride_b,
         past_stride_b, past_stride_c, past_stride_s, n_taps - 1, CHUNK, WINDOW, False, HAS_PAST, IS_FULL, IS_WIDE,
     )  # fmt: skip
-    if HAS_ROWS:
-        windows = keep_since(windows, first + (WINDOW - CHUNK))
     for item in tl.range(0, n_items, num_stages=1):
         tile = item % n_tiles
         group = first_group + item // n_tiles
-        if HAS_ROWS:
-            sequence, delta, start, is_row, first, last, is_end = locate_document_rows(rows_ptr, tile, CHUNK, ROWS)
-        else:
-            sequence, delta, start, is_row = locate_rows(
-                group, tile, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
-            )
+        sequence, delta, start, is_row = locate_rows(
+            group, tile, n_total, n_pieces, piece_len, CHUNK, ROWS, TILE, PIECES
+        )
         value = load_chunks(v_ptr, sequence, delta, v_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         if HAS_BIAS:
             value = (value.to(tl.float32) + v_bias).to(v_ptr.dtype.element_ty)
@@ -135,10 +125,7 @@ def h3_mix_fwd_kernel(
             key *= two_to(-shift_exponent)
         if HAS_BIAS:
             key += tl.where(start[:, None] == 0, first_bias, later_bias)
-        x = key * value.to(tl.float32)
-        if HAS_ROWS:
-            x = keep_document(x, first, last)
-        x, x_exponent = scaled_operand(x, into.dtype, IS_SCALED)
+        x, x_exponent = scaled_operand(key * value.to(tl.float32), into.dtype, IS_SCALED)
         w = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:
             w = tl.dot(x, into_rest, w, input_precision=PRECISION)
@@ -166,13 +153,9 @@ def h3_mix_fwd_kernel(
         is_never = (tl.arange(0, LANES)[:, None] < n_initial) & (tile < 0) & (modes >= 0)
         zero_re = tl.load(zero_at, mask=is_never, other=0.0).to(tl.float32)
         zero_im = tl.load(zero_at + MODES, mask=is_never, other=0.0).to(tl.float32)
-        resets = 0
-        if HAS_ROWS:
-            resets = read_resets(resets_ptr, tile * ROWS + tl.arange(0, LANES) * STEPS)[:, None]
         state_re, state_im, carry_re, carry_im = pass_states(
-            w_re, w_im, decay_re, decay_im, carry_re, carry_im, zero_re, zero_im, resets,
-            STEPS, PIECES, SEGMENTS, HAS_ROWS,
-        )  # fmt: skip
+            w_re, w_im, decay_re, decay_im, carry_re, carry_im, zero_re, zero_im, STEPS, PIECES, SEGMENTS
+        )
 
         state = tl.reshape(tl.join(state_re, state_im), (ROWS, 2 * MODES))
         row_piece = group * PIECES + tl.arange(0, ROWS) // TILE
@@ -182,11 +165,7 @@ def h3_mix_fwd_kernel(
             is_saved = is_row & (offset % SAVE_SPAN == 0) & (at >= 0)
             at = saved_ptr + at[:, None] * (2 * MODES) + pairs[None, :]
             tl.store(at, state.to(saved_ptr.dtype.element_ty), mask=is_saved[:, None] & (pairs >= 0)[None, :])
-        if WANTS_STATE and HAS_ROWS:
-            owner = tl.load(owners_ptr + tile * ROWS + tl.arange(0, ROWS), mask=is_end, other=0).to(tl.int64)
-            at = state_ptr + ((owner * n_heads + channel) * (2 * MODES))[:, None] + pairs[None, :]
-            tl.store(at, state, mask=is_end[:, None] & (pairs >= 0)[None, :])
-        elif WANTS_STATE:
+        if WANTS_STATE:
             _, _, owner, _, end = find_pieces(row_piece, seqlen, n_total, n_pieces, piece_len, k_ptr, CHUNK, False)
             at = state_ptr + ((owner * n_heads + channel) * (2 * MODES))[:, None] + pairs[None, :]
             tl.store(at, state, mask=(offset == end)[:, None] & (pairs >= 0)[None, :])
@@ -201,15 +180,10 @@ def h3_mix_fwd_kernel(
             state_exponent = tl.minimum(state_exponent, x_exponent + tap_exponent - outof_exponent + 16)
         state = to_operand(state, state_exponent, into.dtype, IS_SCALED)
         next_item = tl.minimum(item + 1, n_items - 1)
-        if HAS_ROWS:
-            next_sequence, next_delta, next_start, is_next, next_first, _, _ = locate_document_rows(
-                rows_ptr, next_item, CHUNK, ROWS
-            )
-        else:
-            next_sequence, next_delta, next_start, is_next = locate_rows(
-                first_group + next_item // n_tiles, next_item % n_tiles, n_total, n_pieces, piece_len,
-                CHUNK, ROWS, TILE, PIECES,
-            )  # fmt: skip
+        next_sequence, next_delta, next_start, is_next = locate_rows(
+            first_group + next_item // n_tiles, next_item % n_tiles, n_total, n_pieces, piece_len,
+            CHUNK, ROWS, TILE, PIECES,
+        )  # fmt: skip
         windows = load_windows(
             k_ptr, past_ptr, 0.0, next_sequence, next_delta, next_start, is_next, next_sequence + next_delta, 0, seqlen,
             channel, k_stride_b, past_stride_b, past_stride_c, past_stride_s, n_taps - 1,
@@ -231,7 +205,4 @@ def h3_mix_fwd_kernel(
         if IS_SCALED:
             acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
         acc *= query.to(tl.float32)
-        if HAS_ROWS:
-            store_rows(y_ptr, acc, start, first, last)
-        else:
-            store_chunks(y_ptr, acc, sequence, delta, y_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
+        store_chunks(y_ptr, acc, sequence, delta, y_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
