@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from hippos.layers import H3
 from hippos.models import H3Config, H3ForCausalLM, fused_trunk
 from hippos.models.fused_trunk import takes_fused_trunk
 from hippos.train.arguments import recompute_cheap_parts
@@ -63,6 +64,28 @@ def test_same_loss_and_gradients_in_the_interpreter(monkeypatch, is_frugal):
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     for name, gradient in wanted_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@interpreted
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_an_h3_layer_leaves_its_last_bias_to_the_norm_behind_it(monkeypatch, is_packed):
+    model, ids = make(), torch.randint(31, (2, 20))
+    inputs = {"position_ids": torch.tensor([[*range(8), *range(12)], [*range(20)]])} if is_packed else {}
+    plain, plain_gradients = run(model, ids, **inputs)
+    left = []
+    mix = H3.mix_without_bias
+    monkeypatch.setattr("hippos.layers.h3.takes_projected", lambda *args: True)
+    monkeypatch.setattr(H3, "mix_without_bias", lambda self, *args: (left.append(self), mix(self, *args))[1])
+    loss, gradients = run(model, ids, **inputs)
+    assert left == [block.mixer for block in model.model.layers if isinstance(block.mixer, H3)]
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    left.clear()
+    for block in model.model.layers:  # a hook may want all of what a layer gives
+        block.mixer.register_forward_hook(lambda *args: None)
+    torch.testing.assert_close(run(model, ids, **inputs)[0], plain, rtol=1e-6, atol=0)
+    assert not left
 
 
 @interpreted

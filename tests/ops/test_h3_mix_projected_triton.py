@@ -17,12 +17,13 @@ from tests.ops.test_h3_mix_triton import INTERPRETED, ROUNDING
 pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")]
 
 
-def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_bias=True):
+def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_bias=True, has_last=True):
     """Tokens, weights and biases; the layer's parameters; the gradient of the tokens."""
     random = Draw(dtype=torch.float32)
     u = random.normal(batch, seqlen, d_model, dtype=dtype)
     weights = [(random.normal(d_model, d_model) / d_model**0.5).to(dtype) for _ in range(4)]
     biases = [random.normal(d_model, dtype=dtype) if has_bias else None for _ in range(4)]
+    biases[3] = biases[3] if has_last else None
     layer = (random.normal(d_model, n_taps), random.normal(d_model), *random.modes(d_model, n_modes))
     return [u, *weights, *biases, *layer, random.normal(d_model)], random.normal(batch, seqlen, d_model, dtype=dtype)
 
@@ -48,9 +49,9 @@ def gradients_of(function, inputs, dout, dtype=None, **options):
     return [y.detach(), *torch.autograd.grad(y, present, dout.to(y.dtype))]
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_values_and_gradients(has_bias):
-    inputs, dout = make_inputs(2, 3, 70, 8, 4, torch.float32, has_bias=has_bias)
+@pytest.mark.parametrize(("has_bias", "has_last"), [(True, True), (True, False), (False, False)])
+def test_values_and_gradients(has_bias, has_last):
+    inputs, dout = make_inputs(2, 3, 70, 8, 4, torch.float32, has_bias=has_bias, has_last=has_last)
     found = gradients_of(in_one, inputs, dout)
     wanted = gradients_of(one_by_one, inputs, dout, torch.float64)
     assert found[0].is_contiguous()
@@ -93,6 +94,9 @@ def test_stacked_projections():
     assert torch.equal(stacked.weights, torch.cat(weights).half())
     assert torch.equal(stacked.biases, torch.cat(biases))
     assert torch.equal(stacked.rounded, torch.cat(biases).half())
+    stacked = stack_projections(Projections(*weights, *biases[:3]), torch.float16)
+    assert torch.equal(stacked.biases, torch.cat(biases[:3]))
+    assert torch.equal(stacked.rounded, torch.cat(biases[:3]).half())
     stacked = stack_projections(Projections(*weights), torch.float32)
     assert torch.equal(stacked.weights, torch.cat(weights))
     assert stacked.biases.numel() == 0
@@ -114,6 +118,8 @@ def test_opcheck():
     inputs, _ = make_inputs(1, 2, 20, 4, 3, torch.float32, has_bias=False)
     opcheck(h3_projected_op, (*leaves(*inputs), torch.tensor([0, 5, 20]), True))
     opcheck(h3_projected_op, (*inputs, None, False))
+    inputs, _ = make_inputs(2, 2, 20, 4, 3, torch.float32, has_last=False)
+    opcheck(h3_projected_op, (*leaves(*inputs), None, True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler does not run Triton's interpreter")
@@ -128,10 +134,13 @@ def test_compiled_without_a_break():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    @pytest.mark.parametrize(("offsets", "has_bias"), [(None, True), (None, False), ([0, 300, 1000], True)])
-    def test_values_and_gradients(self, dtype, offsets, has_bias):
+    @pytest.mark.parametrize(
+        ("offsets", "has_bias", "has_last"),
+        [(None, True, True), (None, True, False), (None, False, False), ([0, 300, 1000], True, False)],
+    )
+    def test_values_and_gradients(self, dtype, offsets, has_bias, has_last):
         batch = 4 if offsets is None else 1
-        inputs, dout = make_inputs(batch, 256, 1000, 64, 32, dtype, has_bias=has_bias)
+        inputs, dout = make_inputs(batch, 256, 1000, 64, 32, dtype, has_bias=has_bias, has_last=has_last)
         inputs, dout = [None if x is None else x.cuda() for x in inputs], dout.cuda()
         packed = None if offsets is None else torch.tensor(offsets, device="cuda")
         found = gradients_of(in_one, inputs, dout, cu_seqlens=packed)

@@ -305,13 +305,19 @@ class H3(nn.Module):
             return ones, k, ones
         return project(self.q_proj, u), k, project(self.v_proj, u)
 
-    def _project_and_mix(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    def mix_without_bias(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Mix as `forward` does, but leave the bias of ``out_proj`` to the caller; None where only `forward` can."""
+        return self._project_and_mix(u, cu_seqlens, adds_bias=False)
+
+    def _project_and_mix(self, u: Tensor, cu_seqlens: Tensor | None, *, adds_bias: bool = True) -> Tensor | None:
         """Go from tokens to tokens in one operator; None where that cannot be."""
         if self.head_dim > 1 or is_exporting():
             return None
         projections = plain_projections(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         if projections is None:
             return None
+        if not adds_bias:
+            projections = projections._replace(out_bias=None)
         u = u.to(product_dtype(u.device, projections.q.dtype))
         with without_autocast(u.device):
             diag = self.diag.operators()

@@ -59,25 +59,25 @@ def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: To
     update: Tensor | None = None
     update_bias: Tensor | None = None
     for block in blocks:
-        stream, update = run_mixer(block, stream, update, update_bias, layout)
-        stream, update = run_mlp(block, stream, update)
+        stream, update, update_bias = run_mixer(block, stream, update, update_bias, layout)
+        stream, update = run_mlp(block, stream, update, update_bias)
         update_bias = block.mlp.fc2.bias
     return _add_norm(norm, stream, update, update_bias, stream.dtype).normed
 
 
 def run_mixer(
     block: Any, stream: Tensor, update: Tensor | None, update_bias: Tensor | None, layout: TokenLayout
-) -> tuple[Tensor, Tensor]:
-    """Bring the stream up to date, and give it with what the block's mixer adds to it."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring the stream up to date, and give it with what the block's mixer adds to it and the bias that this lacks."""
     kept = _add_norm(block.norm1, stream, update, update_bias, product_dtype(stream.device, stream.dtype))
     with _made_again(kept) if block.recomputes_cheap_parts else nullcontext():
-        return kept.total, _mix(block.mixer, kept.normed, layout)
+        return kept.total, *_mix(block.mixer, kept.normed, layout)
 
 
-def run_mlp(block: Any, stream: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def run_mlp(block: Any, stream: Tensor, update: Tensor, update_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Bring the stream up to date, and give it with what the block's MLP adds to it, the last bias left out."""
     recomputes = block.recomputes_cheap_parts
-    kept = _add_norm(block.norm2, stream, update, None, product_dtype(stream.device, stream.dtype))
+    kept = _add_norm(block.norm2, stream, update, update_bias, product_dtype(stream.device, stream.dtype))
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     with _made_again(kept) if recomputes else nullcontext():
         return kept.total, gelu_mlp(kept.normed, fc1.weight, fc1.bias, fc2.weight, recomputes=recomputes, impl="triton")
@@ -89,10 +89,16 @@ def _add_norm(
     return add_norm_kept(stream, update, norm.weight, norm.bias, update_bias=update_bias, eps=norm.eps, dtype=dtype)
 
 
-def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> Tensor:
+def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
     if isinstance(mixer, CachedSelfAttention):
-        return mixer.mix(u, layout, None)[0]
-    return mix_ssm(mixer, u, layout, None)
+        return mixer.mix(u, layout, None)[0], None
+    bounds = layout.cu_seqlens
+    if layout.context is None and (bounds is not None or layout.real is None) and _is_untouched(mixer):
+        tokens = u if bounds is None else u.reshape(1, -1, u.shape[-1])  # (1, B * L, D)
+        mixed = mixer.mix_without_bias(tokens, bounds)
+        if mixed is not None:
+            return mixed.view_as(u), mixer.out_proj.bias
+    return mix_ssm(mixer, u, layout, None), None
 
 
 def _made_again(kept: NormKept) -> AbstractContextManager[Any]:

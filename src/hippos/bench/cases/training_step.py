@@ -343,5 +343,5 @@ def _add_part(names: tuple[tuple[str, str], ...], block: Any, x: Tensor, _: Tens
 def _run_fused_part(names: tuple[tuple[str, str], ...], block: Any, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
     """The same of an H3 model whose sums and norms are one kernel: what is added is added by the next part."""
     if names is _MLPS:
-        return run_mlp(block, x, update)
-    return run_mixer(block, x, update, None, TokenLayout(None, None, None, None))
+        return run_mlp(block, x, update, None)
+    return run_mixer(block, x, update, None, TokenLayout(None, None, None, None))[:2]

@@ -12,9 +12,9 @@ import triton.language as tl
 def stack_kernel(
     weight0_ptr, weight1_ptr, weight2_ptr, weight3_ptr, bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr,
     weights_ptr, biases_ptr, rounded_ptr, n_weights, n_biases,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    N_VECTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy BLOCK elements of one of four matrices, and of its vector in two dtypes, to their places."""
+    """Copy BLOCK elements of one of four matrices to their place, and of one of the first vectors, in two dtypes."""
     part = tl.program_id(1)
     weight_ptr, bias_ptr = weight0_ptr, bias0_ptr
     if part == 1:
@@ -27,8 +27,9 @@ def stack_kernel(
     weights = tl.load(weight_ptr + place, mask=place < n_weights, other=0.0)
     at = weights_ptr + part.to(tl.int64) * n_weights + place
     tl.store(at, weights.to(weights_ptr.dtype.element_ty), mask=place < n_weights)
-    if HAS_BIAS:
-        biases = tl.load(bias_ptr + place, mask=place < n_biases, other=0.0).to(tl.float32)
+    if N_VECTORS > 0:
+        inside = (place < n_biases) & (part < N_VECTORS)
+        biases = tl.load(bias_ptr + place, mask=inside, other=0.0).to(tl.float32)
         at = part * n_biases + place
-        tl.store(biases_ptr + at, biases, mask=place < n_biases)
-        tl.store(rounded_ptr + at, biases.to(rounded_ptr.dtype.element_ty), mask=place < n_biases)
+        tl.store(biases_ptr + at, biases, mask=inside)
+        tl.store(rounded_ptr + at, biases.to(rounded_ptr.dtype.element_ty), mask=inside)

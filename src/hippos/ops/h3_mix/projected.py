@@ -51,7 +51,8 @@ def h3_projected(
 
     Args:
         u: Tokens, shape (B, L, D), of the dtype of the products.
-        projections: Of one size and dtype, which may be another than that of ``u``.
+        projections: Of one size and dtype, which may be another than that of ``u``. With biases of q, k and v, that of
+            the output may be left to whoever adds it later.
         shift_filter: As in `h3_mix`, and so are the parameters after it.
         shift_d: Skip weight of the shift SSM, shape (D,).
         log_a: log Abar, shape (D, M, 2).
@@ -102,7 +103,7 @@ def h3_projected_op(
     product, folds = _product(u, stacked, shift_filter.shape[1], log_a.shape[1], cu_seqlens)
     q, k, v = product.unbind(0)
     layer = (shift_filter, shift_d, log_a, b, c, d)
-    bias = stacked.biases.view(4, -1)[:3] if folds and q_bias is not None else None
+    bias = stacked.biases[: 3 * d_model].view(3, -1) if folds and q_bias is not None else None
     if u.device.type != "cuda" and not is_interpreted():
         qkv = product if bias is None else product + bias.to(product.dtype).view(3, 1, -1, 1)
         y, _, states = h3_mix_kernel_op(*qkv.unbind(0), *layer, None, None, cu_seqlens, False, saves)
@@ -116,7 +117,7 @@ def h3_projected_op(
         writes_back = saves and bias is not None
         y, _, states = h3_mix_fwd(tensors, cu_seqlens, wants_state=False, saves_states=saves, writes_back=writes_back)
     rows, matrix = y.transpose(0, 1).reshape(d_model, -1).t(), stacked.weights[3 * d_model :].t()
-    tokens = torch.mm(rows, matrix) if q_bias is None else torch.addmm(stacked.rounded[3 * d_model :], rows, matrix)
+    tokens = torch.mm(rows, matrix) if out_bias is None else torch.addmm(stacked.rounded[3 * d_model :], rows, matrix)
     tokens = tokens.view(batch, seqlen, -1)
     if not saves:
         return tokens, none(u), none(u), none(u), none(u), none(u)
@@ -186,14 +187,14 @@ def h3_projected_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients, empty where not wanted or absent.
 
-    Of the tokens; in ``dtype`` of the weights of q, k and v, (3 D, D), of the output's, and of all biases, (4 D,); of
-    the six parameters.
+    Of the tokens; in ``dtype`` of the weights of q, k and v, (3 D, D), of the output's, and of all biases, (4 D,), or
+    (3 D,) without the output's; of the six parameters.
     """
     (batch, seqlen, _), d_model = u.shape, weights.shape[0] // 4
     drows = dtokens.reshape(batch * seqlen, d_model)
     dbias = biases.new_empty(biases.shape if wants_weights else (0,))
     # Before the products: cuBLAS warns where it is the first to use the GPU in a thread.
-    if dbias.numel():
+    if dbias.numel() > 3 * d_model:
         torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
     else:
         u.new_zeros(1)
@@ -203,7 +204,7 @@ def h3_projected_backward_op(
     folds = cu_seqlens is None and folds_bias(
         u.dtype, batch, d_model, seqlen, shift_filter.shape[1], log_a.shape[1], u.device
     )
-    bias = biases.view(4, -1)[:3] if folds and biases.numel() else None
+    bias = biases[: 3 * d_model].view(3, -1) if folds and biases.numel() else None
     if u.device.type != "cuda" and not is_interpreted():
         q, k, v = product.unbind(0)
         k = k if bias is None else k + bias[1].to(k.dtype).unsqueeze(-1)
@@ -271,8 +272,9 @@ def _backward(ctx: Any, dtokens: Tensor | None, *_: None) -> tuple[Tensor | None
     du, dweight, dlast, dbias, *rest = _gradients(*ctx.saved_tensors, dtokens, ctx.dtype, needs_tokens, wants_weights)
     gradients: list[Tensor | None] = [None] * N_PROJECTIONS
     if wants_weights:
-        dbiases = dbias.view(4, -1).unbind(0) if dbias.numel() else (None,) * 4
-        gradients = [*dweight.view(3, *dlast.shape).unbind(0), dlast, *dbiases]
+        dbiases = dbias.view(-1, len(dlast)).unbind(0) if dbias.numel() else ()
+        absent = [None] * (4 - len(dbiases))
+        gradients = [*dweight.view(3, *dlast.shape).unbind(0), dlast, *dbiases, *absent]
     gradients = [dx if wanted else None for dx, wanted in zip([*gradients, *rest], needed, strict=True)]
     return du if needs_tokens else None, *gradients, None, None
 

@@ -13,7 +13,10 @@ BLOCK = 4096
 
 
 class Projections(NamedTuple):
-    """Weights, (D, D), and biases, (D,), of the projections to q, k and v and of the output's; no biases: None."""
+    """Weights, (D, D), and biases, (D,), of the projections to q, k and v and of the output's.
+
+    None stands for no bias: of the output alone, or of all four.
+    """
 
     q: Tensor
     k: Tensor
@@ -30,7 +33,7 @@ class Stacked(NamedTuple):
 
     Attributes:
         weights: Shape (4 D, D), dtype of the products.
-        biases: Shape (4 D,), float32; empty if there are none.
+        biases: Shape (4 D,), float32; (3 D,) without the output's, empty if there are none.
         rounded: The same in the dtype of the products.
     """
 
@@ -54,10 +57,10 @@ def stack_projections(projections: Projections, dtype: torch.dtype) -> Stacked:
     from hippos.ops.h3_mix.kernels_stack import stack_kernel
 
     matrices = [weight.contiguous() for weight in weights]
-    vectors = [bias.contiguous() for bias in present]
+    vectors = [matrix if bias is None else bias.contiguous() for bias, matrix in zip(biases, matrices, strict=True)]
     n_weights = matrices[0].numel()
     stack_kernel[(-(-n_weights // BLOCK), 4)](
-        *matrices, *(vectors or matrices), *stacked, n_weights, d_model, HAS_BIAS=bool(vectors), BLOCK=BLOCK
+        *matrices, *vectors, *stacked, n_weights, d_model, N_VECTORS=len(present), BLOCK=BLOCK
     )
     return stacked
 
@@ -65,10 +68,10 @@ def stack_projections(projections: Projections, dtype: torch.dtype) -> Stacked:
 def allocate_stacked(projections: Projections, dtype: torch.dtype) -> Stacked:
     """Memory for the stacked projections."""
     weight = projections.q
-    rows = 4 * weight.shape[0]
-    n_biases = 0 if projections.q_bias is None else rows
+    d_model = weight.shape[0]
+    n_biases = sum(bias is not None for bias in projections[4:]) * d_model
     return Stacked(
-        weight.new_empty(rows, weight.shape[1], dtype=dtype),
+        weight.new_empty(4 * d_model, weight.shape[1], dtype=dtype),
         weight.new_empty(n_biases, dtype=torch.float32),
         weight.new_empty(n_biases, dtype=dtype),
     )
