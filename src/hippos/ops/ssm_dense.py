@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import PARAMETER_DTYPES, check_signal, check_tensor, compute_dtype
+from hippos.ops.precision import without_autocast
 
 
 def dense_filter(a: Tensor, b: Tensor, c: Tensor, filter_len: int) -> Tensor:
@@ -34,7 +35,7 @@ def dense_filter(a: Tensor, b: Tensor, c: Tensor, filter_len: int) -> Tensor:
     _check_dense(a, b, c)
     if filter_len < 1:
         raise ValueError(f"filter_len must be at least 1, got {filter_len}")
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return _free_outputs(a, c, b.unsqueeze(-1), filter_len).squeeze(0)
 
 
@@ -58,7 +59,7 @@ def dense_response(state: Tensor, a: Tensor, c: Tensor, seqlen: int) -> Tensor:
     check_tensor("state", state, "B, H, N", (None, *c.shape), like=a, dtypes=PARAMETER_DTYPES)
     if seqlen < 1:
         raise ValueError(f"seqlen must be at least 1, got {seqlen}")
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return _free_outputs(a, c, a @ state.to(a.dtype).permute(1, 2, 0), seqlen)
 
 
@@ -85,7 +86,7 @@ def dense_advance(u: Tensor, state: Tensor | None, a: Tensor, b: Tensor) -> Tens
         check_tensor("state", state, "B, H, N", (batch, *b.shape), like=u, dtypes=PARAMETER_DTYPES)
     dtype = torch.promote_types(compute_dtype(u), a.dtype)
     a, b = a.to(dtype), b.to(dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         chunk_len = _chunk_len(seqlen)
         impulses, jump = _orbit(a, b.unsqueeze(-1), chunk_len)  # (H, N, T, 1): a^j b
         n_missing = -seqlen % chunk_len
@@ -123,7 +124,7 @@ def dense_step(u: Tensor, state: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
     check_tensor("state", state, "B, H, N", (u.shape[0], *b.shape), like=u, dtypes=PARAMETER_DTYPES)
     check_tensor("d", d, "H", (u.shape[1],), like=u)
     v = u.to(a.dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         new = _apply(a, state.to(a.dtype)) + b * v.unsqueeze(-1)
     state.copy_(new)
     return ((c * new).sum(dim=-1) + d * v).to(u.dtype)

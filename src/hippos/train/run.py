@@ -29,6 +29,7 @@ from hippos.train.folder import (
     write_data,
     write_summary,
 )
+from hippos.train.host_memory import check_fits_on_host
 from hippos.train.metrics import MetricsLog, read_metrics
 from hippos.train.preparation import PreparedData, make_model, model_config, prepare_data
 from hippos.train.processes import Processes
@@ -94,7 +95,7 @@ def train(
         CorpusError: If the text is missing, empty, binary or too short.
         TokenizerError: If the tokenizer is missing.
         TrainingError: If the folder holds another run or none to resume, the configuration has changed, the loss is not
-            finite, or the disk is full.
+            finite, the batch does not fit into memory, or the disk is full.
     """
     processes = Processes.join()
     progress = progress or RunProgress(is_quiet=not processes.is_main)
@@ -199,6 +200,10 @@ def _loop(
     if checkpoint is not None and done >= config.optim.steps:
         load_states(model, None, checkpoint)
         return done
+    if not torch.cuda.is_available():
+        micro = micro_batch_size(config, processes.world_size)
+        if warning := processes.lead(lambda: check_fits_on_host(model, config, micro)):
+            progress.note(warning)
     metrics = None
     if processes.is_main:
         metrics = MetricsLog(run, after_step=done, use_tensorboard=config.run.tensorboard)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.arguments import PARAMETER_DTYPES, check_finite, check_tensor
+from hippos.ops.precision import without_autocast
 from hippos.ops.ssm_dense import dense_filter
 
 
@@ -41,7 +42,7 @@ def discretise_dplr(A: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor
     # With S = dt / 2 (diag(A) - 2 p p^T): a = (1 - S)^-1 (1 + S) = 2 (1 - S)^-1 - 1 and b = dt (1 - S)^-1 B. The
     # inverse is that of the 2 x 2 blocks, corrected for one p after another: a solver goes into no CUDA graph.
     inverse = _invert_blocks(A, dt)
-    with torch.autocast(A.device.type, enabled=False):
+    with without_autocast(A.device):
         for p in P.flatten(2).unbind(0):  # (H, N)
             column = inverse @ p.unsqueeze(-1)
             row = p.unsqueeze(-2) @ inverse
