@@ -12,7 +12,7 @@ from tests.ops.ssm_cases import Draw
 
 @pytest.fixture(scope="session", autouse=True)
 def _backward_passes_know_the_gpu() -> None:
-    """Let autograd's thread use the GPU once: cuBLAS, where it is the first to do so, warns, and a warning is an error here."""
+    """Let autograd's thread use the GPU once: cuBLAS warns where it is the first, and a warning is an error here."""
     if torch.cuda.is_available():
         torch.ones(1, device="cuda", requires_grad=True).mul(2).sum().backward()
 
