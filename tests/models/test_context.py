@@ -118,6 +118,69 @@ def test_parts_add_up_to_one_process(tmp_path: Path, world_size: int, dtype: tor
             assert error < tolerance, (kind, name, float(error))
 
 
+def compute_parts_in_one_operator(out: Path) -> None:
+    """Loss and gradients of parts whose H3 layers go from tokens to tokens, as on a GPU."""
+    import torch.distributed as dist
+
+    from hippos.models import context
+
+    taken: list[bool] = []
+    whole_chunks = 16
+
+    def takes_part(u: torch.Tensor, *others: torch.Tensor) -> bool:
+        taken.append(u.shape[1] % whole_chunks == 0)
+        return taken[-1]
+
+    context.takes_part = takes_part
+    dist.init_process_group("gloo")
+    part = ContextPart.of(dist.group.WORLD)
+    results = {}
+    for name, arguments in IN_ONE.items():
+        model, ids, targets = make_long(dict(arguments))
+        if name == "recomputed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss, gradients = compute(model, split_context(ids, targets, part))
+        for tensor in (loss, *gradients.values()):
+            dist.all_reduce(tensor)
+        results[name] = (loss, gradients)
+    assert taken
+    assert all(taken)
+    if part.rank == 0:
+        torch.save(results, out)
+
+
+IN_ONE = {"pure": {}, "recomputed": {}, "no shift": {"shift": "none"}}
+
+
+def make_long(fields: dict[str, Any]) -> tuple[H3ForCausalLM, torch.Tensor, torch.Tensor]:
+    """A model whose keys and states reach over several parts, and sequences of whole chunks."""
+    torch.manual_seed(4)
+    shift = fields.pop("shift", None)
+    model = H3ForCausalLM(H3Config(**SIZES, initializer_range=0.3, dt_min=1e-3, dt_max=1e-2)).train()
+    if shift == "none":
+        for block in model.model.layers:
+            block.mixer.shift = None
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids = torch.randint(41, (2, 97))
+    return model, ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_layers_in_one_operator_add_up_to_one_process(tmp_path: Path, world_size: int) -> None:
+    out = tmp_path / "results.pt"
+    run_workers(world_size, compute_parts_in_one_operator, out, log=tmp_path / "log")
+    for kind, (found_loss, found) in torch.load(out).items():
+        model, ids, targets = make_long(dict(IN_ONE[kind]))
+        model.double()
+        loss, gradients = compute(model, {"input_ids": ids, "labels": targets, "shift_labels": targets})
+        torch.testing.assert_close(found_loss.double(), loss, rtol=1e-6, atol=0)
+        for name, gradient in gradients.items():
+            error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+            assert error < 2e-5, (kind, name, float(error))
+
+
 class TestRefusals:
     """What cannot be split."""
 

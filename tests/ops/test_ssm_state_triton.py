@@ -43,6 +43,10 @@ def check(dtype: torch.dtype, seqlen: int, device: str, *, batch: int = 2, n_hea
     found = h3_state_after(k, v, shift, skip, log_a, b, past=past, impl="triton")
     doubles = [x.double() for x in (k, v, shift, skip, log_a, b)]
     assert relative_error(found, h3_state_after(*doubles, past=past.double(), impl="torch")) < tolerance
+    bias = random.normal(3, n_heads, dtype=torch.float32).to(device).to(dtype).float()
+    found = h3_state_after(k, v, shift, skip, log_a, b, past=past, bias=bias, impl="triton")
+    doubles[:2] = (x + row.unsqueeze(-1).double() for x, row in zip(doubles[:2], bias[1:], strict=True))
+    assert relative_error(found, h3_state_after(*doubles, past=past.double(), impl="torch")) < 2 * tolerance
     found = h3_initial_gradient(v, q, log_a, c, impl="triton")
     wanted = h3_initial_gradient(v.double(), q.double(), exact[0], exact[2], impl="torch")
     assert relative_error(found, wanted) < tolerance
@@ -55,6 +59,29 @@ def test_interpreted(dtype: torch.dtype, seqlen: int) -> None:
     check(dtype, seqlen, "cpu", n_modes=3)
 
 
+def check_reach(seqlen: int, device: str) -> None:
+    """Channels whose modes die at once, within reach, and never; what is out of reach is not even read."""
+    random = Draw(seed=5, dtype=torch.float32)
+    log_a, b, c = (x.to(device) for x in random.modes(4, 3))
+    for channel, rate in enumerate((torch.inf, 2.0, 32 / seqlen, 0.0)):
+        log_a[channel, :, 0] = -rate
+    u = random.normal(1, 4, seqlen).to(device)
+    exact = [x.double() for x in (u, log_a, b, c)]
+    for fold, weight, left_out in ((state_after, b, slice(0, 40)), (initial_gradient, c, slice(seqlen - 40, seqlen))):
+        wanted = fold(exact[0], exact[1], exact[2] if weight is b else exact[3], impl="torch")
+        poisoned = u.clone()
+        poisoned[:, :2, left_out] = torch.nan
+        found = fold(poisoned, log_a, weight, impl="triton")
+        assert bool(torch.isfinite(found).all())
+        for got, want in zip(found.unbind(1), wanted.unbind(1), strict=True):
+            assert relative_error(got, want) < ERRORS[torch.float32] or float(want.norm()) == 0 == float(got.norm())
+
+
+@interpreter
+def test_what_is_out_of_reach_is_left_alone() -> None:
+    check_reach(600, "cpu")
+
+
 @pytest.mark.parametrize(("batch", "n_heads", "seqlen"), [(1, 64, 262144), (2, 48, 1000), (3, 5, 64), (1, 4, 100_003)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 class TestGpu:
@@ -64,3 +91,12 @@ class TestGpu:
 
     def test_against_float64(self, dtype: torch.dtype, batch: int, n_heads: int, seqlen: int) -> None:
         check(dtype, seqlen, "cuda", batch=batch, n_heads=n_heads, n_modes=32)
+
+
+class TestReachOnGpu:
+    """On a GPU, whose tiles are larger."""
+
+    pytestmark = on_gpu
+
+    def test_what_is_out_of_reach_is_left_alone(self) -> None:
+        check_reach(100_000, "cuda")

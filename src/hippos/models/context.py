@@ -4,13 +4,15 @@ What a part needs of those before it is little: an SSM layer takes its state, wh
 the last N - 1 keys; an attention layer takes all keys and values before it. The sum of the processes' losses is the
 loss of the whole sequence, and the sum of their gradients its gradient.
 
-No process waits for another one's outputs. What a part adds to the state is a sum over its samples, which is made first
-(`hippos.ops.ssm_state`), exchanged, and chained; then the layer runs once, from the state that is then known. Backward
-in time the same happens with the gradient of the state.
+No process waits for another one's outputs. What a part adds to the state is a sum over its samples, of which those
+count whose memory has not decayed; it is made first (`hippos.ops.ssm_state`), exchanged, and chained; then the layer
+runs once, from the state that is then known. Backward in time the same happens with the gradient of the state. On a GPU
+an H3 layer does all of that in one step from tokens to tokens (`hippos.ops.h3_part`), as for a whole sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -25,7 +27,8 @@ from hippos.layers.h3 import _no_shift
 from hippos.layers.joint_projection import project_jointly
 from hippos.layers.projections import plain_projections, project_from_channels, project_to_channels
 from hippos.ops import H3State, h3_mix
-from hippos.ops.precision import without_autocast
+from hippos.ops.h3_part import h3_part, takes_part
+from hippos.ops.precision import product_dtype, without_autocast
 from hippos.ops.ssm_state import h3_initial_gradient, h3_state_after, initial_gradient, pass_time, state_after
 
 __all__ = ["ContextPart", "attend_in_context", "mix_in_context", "split_context"]
@@ -143,10 +146,32 @@ def pass_states(added: Tensor, log_a: Tensor, seqlen: int, part: ContextPart) ->
     Returns:
         The state before this part's first token, shape of ``added``; no gradient flows.
     """
-    before = torch.zeros_like(added)
-    for earlier in _gathered(added, part)[: part.rank]:
-        before = pass_time(before, log_a, seqlen) + earlier
-    return before
+    return _chain(_gathered(added, part)[: part.rank], added, log_a, seqlen, is_adjoint=False)
+
+
+def pass_gradients(added: Tensor, log_a: Tensor, seqlen: int, part: ContextPart) -> Tensor:
+    """The gradient of the state behind this part, from what the outputs of each part add to that before it.
+
+    Args:
+        added: The gradient of the state before this part from its own outputs, shape (B, H, ..., M, 2).
+        log_a: log Abar, shape (H, M, 2).
+        seqlen: Tokens of a part.
+        part: This process's part.
+
+    Returns:
+        The gradient, shape of ``added``.
+    """
+    return _chain(_gathered(added, part)[part.rank + 1 :].flip(0), added, log_a, seqlen, is_adjoint=True)
+
+
+def _chain(states: Tensor, like: Tensor, log_a: Tensor, seqlen: int, *, is_adjoint: bool) -> Tensor:
+    """Pass states on, the farthest first, each through a part of the sequence; zeros if there are none."""
+    if not len(states):
+        return torch.zeros_like(like)
+    total = states[0]
+    for state in states[1:]:
+        total = pass_time(total, log_a, seqlen, is_adjoint=is_adjoint) + state
+    return total
 
 
 class _Link(NamedTuple):
@@ -177,10 +202,7 @@ class _ReceiveGradient(torch.autograd.Function):
             added = initial_gradient(dy, log_a, c)
         else:
             added = h3_initial_gradient(dy, out_gate, log_a, c, head_dim=head_dim)
-        gradient = torch.zeros_like(added)
-        for later in _gathered(added, part)[part.rank + 1 :].flip(0):
-            gradient = pass_time(gradient, log_a, seqlen, is_adjoint=True) + later
-        return dy, gradient, None
+        return dy, pass_gradients(added, log_a, seqlen, part), None
 
 
 def _receive_gradient(y: Tensor, after: Tensor, link: _Link) -> Tensor:
@@ -191,7 +213,10 @@ def _receive_gradient(y: Tensor, after: Tensor, link: _Link) -> Tensor:
 def _gathered(x: Tensor, part: ContextPart) -> Tensor:
     """Every process's ``x`` on a new first axis."""
     gathered = x.new_empty(part.size, *x.shape)
-    dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=part.group)
+    if x.is_cuda:
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=part.group)
+    else:
+        dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=part.group)
     return gathered
 
 
@@ -214,8 +239,44 @@ class _GatherParts(torch.autograd.Function):
         return summed[part.rank], None
 
 
+class _Neighbours(NamedTuple):
+    """`hippos.ops.h3_part.Neighbours`: the other processes, in one pass of one layer."""
+
+    layer: object
+    log_a: Tensor
+    seqlen: int
+    part: ContextPart
+
+    def before(self, last_keys: Tensor, added: Callable[[Tensor], Tensor]) -> H3State:
+        known = self.part.recall(self.layer)
+        if known is not None:
+            return cast(H3State, known)
+        past = torch.zeros_like(last_keys)
+        if past.shape[-1]:
+            keys = _gathered(last_keys, self.part)
+            past = past if self.part.rank == 0 else keys[self.part.rank - 1]
+        return self.part.remember(
+            self.layer, H3State(past, pass_states(added(past), self.log_a, self.seqlen, self.part))
+        )
+
+    def gradient_behind(self, added: Tensor) -> Tensor:
+        return pass_gradients(added, self.log_a, self.seqlen, self.part)
+
+    def key_gradient_behind(self, dpast: Tensor) -> Tensor:
+        gradients, rank = _gathered(dpast, self.part), self.part.rank
+        return torch.zeros_like(dpast) if rank + 1 == self.part.size else gradients[rank + 1]
+
+
 def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
     projections = plain_projections(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj)
+    if projections is not None and mixer.head_dim == 1:
+        u = u.to(product_dtype(u.device, projections.q.dtype))
+        with without_autocast(u.device):
+            diag = mixer.diag.operators()
+            shift = _no_shift(mixer.d_model, diag.skip) if mixer.shift is None else mixer.shift.operators()
+            if takes_part(u, projections.q, shift.filter, diag.log_a):
+                neighbours = _Neighbours(mixer, diag.log_a.detach(), u.shape[1], part)
+                return h3_part(u, projections, *shift, *diag, neighbours)
     if projections is None:
         q, k, v = mixer._project(u, project_to_channels)
     else:

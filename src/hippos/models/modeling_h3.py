@@ -109,7 +109,7 @@ class H3Model(H3PreTrainedModel):
             use_cache = False
             start = context.rank * tokens.shape[1]
             position_ids = torch.arange(start, start + tokens.shape[1], device=tokens.device).unsqueeze(0)
-        packing = (position_ids, seq_idx, cu_seq_lens_q)
+        packing = (None if context is not None else position_ids, seq_idx, cu_seq_lens_q)
         if padding.real is not None or past_key_values is not None:
             if seq_idx is not None or cu_seq_lens_q is not None:
                 raise ValueError(

@@ -97,6 +97,7 @@ def h3_state_after(
     b: Tensor,
     *,
     past: Tensor | None = None,
+    bias: Tensor | None = None,
     head_dim: int = 1,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -110,13 +111,22 @@ def h3_state_after(
         log_a: log Abar, shape (H, M, 2).
         b: Bbar, shape (H, M, 2).
         past: The N - 1 keys before these, shape (B, D, N - 1), or None for zeros.
+        bias: What ``k`` and ``v`` lack, in the rows 1 and 2 of a tensor (3, D), or None.
         head_dim: Width P of a head.
         impl: As in `state_after`.
 
     Returns:
         The state, shape (B, H, M, 2), or (B, H, P, P, M, 2) for P > 1.
     """
-    if impl != "torch" and why_not_shift_kernel(k, shift_filter, log_a, head_dim) is None:
+    takes_shift = impl != "torch" and why_not_shift_kernel(k, shift_filter, log_a, head_dim) is None
+    if takes_shift and head_dim == 1 and _takes_triton("h3_state_after", v, log_a, impl):
+        from hippos.ops.ssm_state.launch import h3_state_after_kernel
+
+        taps, skip, log_a, b = (x.float().contiguous() for x in (shift_filter, shift_d, log_a, b))
+        return h3_state_after_kernel(_dense(k), _dense(v), taps, skip, log_a, b, past, bias)
+    if bias is not None:
+        k, v = (x + row.to(x.dtype).unsqueeze(-1) for x, row in zip((k, v), bias[1:], strict=True))
+    if takes_shift:
         from hippos.ops.ssm_state.launch import shift_keys
 
         shifted = shift_keys(_dense(k), shift_filter.float().contiguous(), shift_d.float().contiguous(), past)
