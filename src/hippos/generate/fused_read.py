@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.generate.int8_linear import Int8Linear
 from hippos.layers import H3, MLP
 from hippos.layers.projections import is_plain_linear
 from hippos.ops import H3State, h3_mix
@@ -34,7 +35,7 @@ class FusedRead:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Tell whether a model's prompts can be read so: half precision on CUDA, plain weights."""
+        """Tell whether a model's prompts can be read so: half precision on CUDA, plain or int8 weights."""
         weight = model.model.norm.weight
         if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
             return False
@@ -94,15 +95,20 @@ class FusedRead:
 
 def takes_mixer(mixer: nn.Module) -> bool:
     """Tell whether `FusedRead.add_mixed` takes a layer."""
-    if not isinstance(mixer, H3) or mixer.head_dim > 1 or mixer.shift is None or not is_plain_linear(mixer.out_proj):
+    if not isinstance(mixer, H3) or mixer.head_dim > 1 or mixer.shift is None or not _has_weight(mixer.out_proj):
         return False
     linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-    return all(is_plain_linear(linear) and linear.bias is not None for linear in linears)
+    return all(_has_weight(linear) and linear.bias is not None for linear in linears)
 
 
 def takes_mlp(mlp: MLP) -> bool:
     """Tell whether `FusedRead.add_mapped` takes an MLP."""
-    return is_plain_linear(mlp.fc1) and mlp.fc1.bias is not None and is_plain_linear(mlp.fc2)
+    return _has_weight(mlp.fc1) and mlp.fc1.bias is not None and _has_weight(mlp.fc2)
+
+
+def _has_weight(linear: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a map is its weight and bias and nothing else; int8 weights are unpacked when they are asked for."""
+    return is_plain_linear(linear) or isinstance(linear, Int8Linear)
 
 
 def _weight_with_bias(mixer: Any) -> Tensor:

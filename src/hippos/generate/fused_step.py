@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.generate.int8_linear import Int8Linear
 from hippos.generate.state import GenerationState, KeyValues
 from hippos.layers import H3
 from hippos.layers.projections import is_plain_linear
@@ -22,6 +22,7 @@ from hippos.ops.decode import (
     linear_step_parts,
     takes_kernels,
 )
+from hippos.ops.decode.int8_weight import linear_step_int8, linear_step_int8_parts, why_not_int8
 from hippos.ops.ssm_step import h3_step_prepared
 
 
@@ -40,23 +41,21 @@ class FusedStep:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Tell whether a model's step can be made of these kernels: half precision on CUDA, plain weights."""
+        """Tell whether a model's step can be made of these kernels: half precision or int8 on CUDA, plain weights."""
         body = model.model
         probe = body.norm.weight.new_empty(1, body.norm.weight.shape[0])
         if probe.device.type != "cuda":
             return False
         for block in body.layers:
             linears = [block.mlp.fc1, block.mlp.fc2, *_projections(block.mixer)]
-            if not all(is_plain_linear(linear) and linear.bias is not None for linear in linears):
-                return False
-            if not all(takes_kernels(probe, [linear.weight]) for linear in linears):
+            if not (_are_plain(linears, probe) or _are_int8(linears, probe)):
                 return False
         return True
 
     def advance(self, tokens: Tensor, state: GenerationState) -> None:
         """Advance the state by tokens, shape (B,), but for the host's counts."""
         body = self._body
-        x = F.embedding(tokens, body.embed_tokens.weight)  # (B, D), changed in place from here on
+        x = body.embed_tokens(tokens)  # (B, D), changed in place from here on
         if body.embed_positions is not None:
             x = x + body.embed_positions(state.lengths)
         books = StepBooks(state.hidden, tokens, state.seen, state.lengths, state.ring)
@@ -74,9 +73,9 @@ class FusedStep:
             if mixed is None:
                 x.add_(mixer.step(block.norm1(x), layer))
             else:
-                linear_step(mixed, [mixer.out_proj.weight], [mixer.out_proj.bias], add_to=x)
-            inner = linear_step(x, [mlp.fc1.weight], [mlp.fc1.bias], norm=_norm(block.norm2), gelu=True)
-            linear_step(inner, [mlp.fc2.weight], [mlp.fc2.bias], add_to=x)
+                _map(mixed, [mixer.out_proj], add_to=x)
+            inner = _map(x, [mlp.fc1], norm=_norm(block.norm2), gelu=True)
+            _map(inner, [mlp.fc2], add_to=x)
 
     def _advance_few(self, x: Tensor, state: GenerationState) -> tuple[Tensor, Tensor]:
         """Give what is still to be added to the stream: parts of a sum, and a bias."""
@@ -89,10 +88,10 @@ class FusedStep:
                 x.add_(mixer.step(u, layer))
                 u = add_norm(x, None, None, *_norm(block.norm2))
             else:
-                parts = linear_step_parts(mixed, mixer.out_proj.weight)
+                parts = _map_parts(mixed, mixer.out_proj)
                 u = add_norm(x, parts, mixer.out_proj.bias, *_norm(block.norm2))
-            inner = linear_step(u, [mlp.fc1.weight], [mlp.fc1.bias], gelu=True)
-            parts = linear_step_parts(inner, mlp.fc2.weight)
+            inner = _map(u, [mlp.fc1], gelu=True)
+            parts = _map_parts(inner, mlp.fc2)
             if i + 1 < len(blocks):
                 u = add_norm(x, parts, mlp.fc2.bias, *_norm(blocks[i + 1].norm1))
         return parts, mlp.fc2.bias
@@ -104,15 +103,44 @@ class FusedStep:
         linears = _projections(mixer)[:-1]
         if not linears:
             return None
-        projected = linear_step(
-            u, [linear.weight for linear in linears], [linear.bias for linear in linears], norm=norm
-        )
+        projected = _map(u, linears, norm=norm)
         if isinstance(mixer, CachedSelfAttention):
             return _attend(mixer, projected, layer, state.lengths)
         q, k, v = projected.chunk(3, dim=1)
         operators: Any = mixer.step_operators()  # type: ignore[operator]
         # The product in front writes q, k and v alone.
         return h3_step_prepared(q, k, v, layer, operators, ring_position=state.ring, may_overlap=True)
+
+
+def _are_plain(linears: list[nn.Linear], probe: Tensor) -> bool:
+    return all(
+        is_plain_linear(linear) and linear.bias is not None and takes_kernels(probe, [linear.weight])
+        for linear in linears
+    )
+
+
+def _are_int8(linears: list[Any], probe: Tensor) -> bool:
+    return all(
+        isinstance(linear, Int8Linear)
+        and linear.bias is not None
+        and why_not_int8(probe.device, probe.dtype, linear.in_features) is None
+        and linear.out_features % 64 == 0
+        for linear in linears
+    )
+
+
+def _map(x: Tensor, linears: list[Any], **options: Any) -> Tensor:
+    """What `linear_step` makes of tokens, with weights of either kind."""
+    biases = [linear.bias for linear in linears]
+    if isinstance(linears[0], Int8Linear):
+        return linear_step_int8(x, [linear.int8_weight for linear in linears], biases, **options)
+    return linear_step(x, [linear.weight for linear in linears], biases, **options)
+
+
+def _map_parts(x: Tensor, linear: Any) -> Tensor:
+    if isinstance(linear, Int8Linear):
+        return linear_step_int8_parts(x, linear.int8_weight)
+    return linear_step_parts(x, linear.weight)
 
 
 def _projections(mixer: nn.Module) -> list[nn.Linear]:

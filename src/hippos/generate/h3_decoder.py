@@ -134,7 +134,7 @@ class H3Decoder:
 
     def _advance(self, tokens: Tensor) -> None:
         state, body = self.state, self.model.model
-        x = F.embedding(tokens, body.embed_tokens.weight)
+        x = body.embed_tokens(tokens)
         if body.embed_positions is not None:
             x = x + body.embed_positions(state.lengths)
         for block, layer in zip(body.layers, state.layers, strict=True):

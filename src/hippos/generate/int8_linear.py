@@ -1,4 +1,4 @@
-"""A linear map whose weights are int8 on a CPU: for a token or two, half the bytes of bfloat16 are half the time."""
+"""Linear maps with int8 weights: of a few tokens, half the bytes of half precision are nearly half the time."""
 
 from __future__ import annotations
 
@@ -6,49 +6,117 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippos.ops.decode.int8_weight import MOST_ROWS as MOST_ROWS_ON_GPU
+from hippos.ops.decode.int8_weight import Int8Weight, linear_step_int8, why_not_int8
+
 MOST_ROWS = 8
-"""Tokens up to which the weights are read as they are; for more, one product of unpacked weights costs less."""
+"""Tokens up to which a CPU reads the weights as they are; for more, one product of unpacked weights costs less."""
 
 HAS_PRODUCT = hasattr(torch.ops.aten, "_weight_int8pack_mm")
+
+
+def rounded_to_int8(weight: Tensor) -> Int8Weight:
+    """The nearest int8 weight to a matrix, shape (D_out, D_in), each row's largest entry being 127."""
+    scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+    values = (weight.float() / scale.unsqueeze(1)).round().to(torch.int8)
+    return Int8Weight(values, scale)
 
 
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8, one scale a row; only for inference.
 
-    A few tokens are rounded to bfloat16 and multiplied by PyTorch's own product of bfloat16 and int8, which sums in
-    float32. For more tokens the weights are unpacked first, and nothing but them is rounded.
+    On a CPU a few tokens are rounded to bfloat16 and multiplied by PyTorch's own product of bfloat16 and int8, on a GPU
+    by `hippos.ops.decode.int8_weight`; both sum in float32. For more tokens the weights are unpacked first.
 
     Args:
         linear: The map that it stands for, with a floating dtype.
+        weight: What it becomes; None rounds its weight.
 
     Attributes:
         weight_int8: Shape (D_out, D_in).
-        scale: Shape (D_out,), dtype of the map.
+        scale: Shape (D_out,), float32.
         bias: Shape (D_out,), or None.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    scale: Tensor
+    _half_scale: Tensor
+
+    def __init__(self, linear: nn.Linear, weight: Int8Weight | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
-        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-        rounded = (weight.float() / scale.unsqueeze(1)).round().to(torch.int8)
-        self.weight_int8 = nn.Parameter(rounded, requires_grad=False)
-        self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
+        self.dtype = linear.weight.dtype
+        values, scale = rounded_to_int8(linear.weight.detach()) if weight is None else weight
+        self.weight_int8 = nn.Parameter(values, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("_half_scale", scale.bfloat16(), persistent=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        self._half_scale = scale.bfloat16()
+
+    @property
+    def int8_weight(self) -> Int8Weight:
+        """The weight as the kernels of a decode step take it."""
+        return Int8Weight(self.weight_int8, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a matrix, unpacked at each call, shape (D_out, D_in), in the dtype of the map it stands for."""
+        return self.int8_weight.unpacked(self.dtype)
 
     def forward(self, u: Tensor) -> Tensor:
         """Map tokens, shape (..., D_in), to (..., D_out)."""
-        rows = u.reshape(-1, self.in_features)
-        if len(rows) > MOST_ROWS or u.device.type != "cpu":
-            y = F.linear(rows, self.weight_int8.to(u.dtype)) * self.scale.to(u.dtype)
+        rows = u.reshape(-1, self.in_features).contiguous()  # tokens of a mixing come channels first
+        if u.device.type == "cpu":
+            y = self._on_cpu(rows)
+        elif self._takes_kernels(rows):
+            biases = None if self.bias is None else [self.bias]
+            with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+                y = linear_step_int8(rows, [self.int8_weight], biases)
         else:
-            half = rows.to(torch.bfloat16).contiguous()  # tokens of a mixing come channels first
-            y = torch.ops.aten._weight_int8pack_mm(half, self.weight_int8, self._half_scale).to(u.dtype)
-        y = y if self.bias is None else y + self.bias
+            y = F.linear(rows, self.int8_weight.unpacked(u.dtype), self.bias)
         return y.view(*u.shape[:-1], self.out_features)
+
+    def _on_cpu(self, rows: Tensor) -> Tensor:
+        if len(rows) > MOST_ROWS or not HAS_PRODUCT:
+            y = F.linear(rows, self.weight_int8.to(rows.dtype)) * self.scale.to(rows.dtype)
+        else:
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight_int8, self._half_scale).to(rows.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def _takes_kernels(self, rows: Tensor) -> bool:
+        return (
+            0 < len(rows) <= MOST_ROWS_ON_GPU
+            and not torch.compiler.is_compiling()
+            and why_not_int8(rows.device, rows.dtype, self.in_features) is None
+        )
 
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Embedding(nn.Module):
+    """Rows of the weight of an `Int8Linear`, which is kept once for both.
+
+    Args:
+        head: The map to the vocabulary whose weight was tied to the embedding.
+    """
+
+    def __init__(self, head: Int8Linear) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = head.out_features, head.in_features, head.dtype
+        self.weight_int8 = head.weight_int8
+        self.register_buffer("scale", head.scale)
+
+    scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a matrix, unpacked at each call, in the dtype of the map."""
+        return Int8Weight(self.weight_int8, self.scale).unpacked(self.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embed ids, shape (...), to (..., D)."""
+        return (F.embedding(ids, self.weight_int8) * self.scale[ids].unsqueeze(-1)).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -1,0 +1,123 @@
+"""Launch the products with int8 weights: allocate outputs, choose grids and block sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hippos.ops.decode.int8_weight import Int8Weight
+from hippos.ops.decode.kernels_int8 import rows_linear_int8_kernel, vector_linear_int8_kernel
+from hippos.ops.decode.launch import _overlap, _shared_memory
+from hippos.ops.decode.launch_int8_hopper import (
+    BLOCK_N,
+    offsets,
+    rows_linear_int8_hopper,
+    splits_of_inputs,
+    takes_int8_hopper,
+)
+
+_MOST_STAGES = 6
+_WEIGHTS_OF_A_THREAD = 128  # that one token is multiplied by
+_MOST_INPUTS_AT_ONCE = 8192
+
+
+def vector_linear_int8(
+    x: Tensor,
+    weights: Sequence[Int8Weight],
+    biases: Sequence[Tensor] | None,
+    *,
+    norm: tuple[Tensor, Tensor, float] | None,
+    gelu: bool,
+    add_to: Tensor | None,
+) -> Tensor:
+    """One token: act(s W norm(x) + b), shape (1, sum of rows); or add s W x + b to ``add_to``, in place."""
+    n_rows, n_inputs = weights[0].values.shape
+    y = torch.empty(1, n_rows * len(weights), dtype=x.dtype, device=x.device) if add_to is None else add_to
+    block_k = triton.next_power_of_2(n_inputs)
+    block_k = block_k if norm is not None else min(block_k, _MOST_INPUTS_AT_ONCE)
+    norm_weight, norm_bias, eps = (x, x, 0.0) if norm is None else norm
+    block_n = max(4 * 32 * _WEIGHTS_OF_A_THREAD // max(block_k, 2048), 1)
+    values, scales, biases_or_x = _parts(x, weights, biases)
+    vector_linear_int8_kernel[(triton.cdiv(n_rows, block_n) * len(weights),)](
+        x,
+        values[0],
+        scales[0],
+        biases_or_x[0],
+        *offsets(values),
+        *offsets(scales),
+        *offsets(biases_or_x),
+        norm_weight,
+        norm_bias,
+        y,
+        eps,
+        n_rows,
+        K=n_inputs,
+        HAS_BIAS=biases is not None,
+        HAS_NORM=norm is not None,
+        HAS_GELU=gelu,
+        ADDS=add_to is not None,
+        MASKS_ROWS=n_rows % block_n != 0,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+        **_overlap(x),
+    )
+    return y
+
+
+def rows_linear_int8(
+    x: Tensor, weights: Sequence[Int8Weight], biases: Sequence[Tensor] | None, *, gelu: bool, leaves_parts: bool
+) -> Tensor:
+    """Up to 64 tokens: act(s x W^T + b), shape (B, sum of rows); or float32 parts of s x W^T, (parts, B, rows)."""
+    batch, n_inputs = x.shape
+    n_rows = weights[0].values.shape[0]
+    n_outputs = n_rows * len(weights)
+    block_k = 128 if n_inputs % 128 == 0 else 64
+    splits = splits_of_inputs(n_outputs, n_inputs, block_k) if leaves_parts else 1
+    shape = (splits, batch, n_outputs) if leaves_parts else (batch, n_outputs)
+    y = torch.empty(shape, dtype=torch.float32 if leaves_parts else x.dtype, device=x.device)
+    block_b = max(16, triton.next_power_of_2(batch))
+    constants: dict[str, Any] = {
+        "SPLITS": splits,
+        "LEAVES_PARTS": leaves_parts,
+        "HAS_BIAS": biases is not None and not leaves_parts,
+        "HAS_GELU": gelu,
+        "BLOCK_B": block_b,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+    }
+    grid = (triton.cdiv(n_rows, BLOCK_N) * len(weights), splits)
+    values, scales, biases_or_x = _parts(x, weights, biases)
+    if takes_int8_hopper(x, values):
+        rows_linear_int8_hopper(grid, x, values, scales, biases_or_x, y, constants)
+        return y
+    n_bytes = (BLOCK_N + block_b * x.element_size()) * block_k
+    rows_linear_int8_kernel[grid](
+        x,
+        values[0],
+        scales[0],
+        biases_or_x[0],
+        *offsets(values),
+        *offsets(scales),
+        *offsets(biases_or_x),
+        y,
+        batch,
+        n_rows,
+        n_inputs,
+        n_outputs,
+        num_stages=max(2, min(_MOST_STAGES, _shared_memory(x) // n_bytes)),
+        **constants,
+        **_overlap(x),
+    )
+    return y
+
+
+def _parts(
+    x: Tensor, weights: Sequence[Int8Weight], biases: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor], Sequence[Tensor]]:
+    return [w.values for w in weights], [w.scale for w in weights], [x] if biases is None else biases
