@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hippos.cli import app
 from hippos.data.synthetic import AssociativeRecall
-from hippos.experiments.synthetics import recipes
+from hippos.experiments.synthetics import recipes, running
 from hippos.experiments.synthetics.recipes import TableTask, Training
 
 
@@ -66,6 +66,24 @@ def test_a_table_is_computed_shown_and_not_computed_again(run, small, tmp_path):
     assert "holds results of other settings" in refused.stderr
 
 
+def test_a_table_whose_time_is_up_says_how_to_go_on(run, small, tmp_path, monkeypatch):
+    arguments = ["--quick", "--mixer", "h3", "--mixer", "attention", "--jobs", "1", "--device", "cpu"]
+    arguments += ["--time-limit", "600", "--out", str(tmp_path)]
+    compute = running._compute
+    monkeypatch.setattr(running, "_compute", lambda cell, out, device, deadline: iter([1]))
+    stopped = run(*arguments)
+    assert stopped.exit_code == 75
+    assert stopped.stdout == ""
+    assert stopped.stderr == (
+        f"hippos: stopped: the time is up, 0 of 2 cells are done; what is done lies in {tmp_path}; "
+        "the same command goes on from there\n"
+    )
+    missing = ["associative_recall_10-h3", "associative_recall_10-attention"]
+    assert json.loads(run(*arguments, "--json").stdout) == {"folder": str(tmp_path), "cells": [], "unfinished": missing}
+    monkeypatch.setattr(running, "_compute", compute)
+    assert run(*arguments, "--json").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -73,11 +91,12 @@ def test_a_table_is_computed_shown_and_not_computed_again(run, small, tmp_path):
         (["--task", "inductionhead"], "there is no task 'inductionhead'; the nearest is 'induction_head'"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--device", "tpu"], "device must be cuda or cpu, got 'tpu'"),
+        (["--time-limit", "2"], "must be at least 30, got 2"),
     ],
 )
 def test_a_mistake_is_one_plain_line(run, tmp_path, arguments, line):
     done = run(*arguments, "--out", str(tmp_path))
-    assert done.exit_code == 1
+    assert done.exit_code == (2 if "--time-limit" in arguments else 1)
     assert done.stdout == ""
     assert done.stderr.startswith("hippos: error: ")
     assert line in done.stderr

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hippos.cli.failures import at_least
+from hippos.cli.failures import at_least, fail
 from hippos.cli.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from hippos.experiments.synthetics import Study
+
+
+UNFINISHED = 75
+"""Exit code where the time was up; that of BSD's sysexits for "try again"."""
+
+_REPORT_S = 10.0
+"""What is kept of a time limit for a cell's tests at other lengths, the pages and the figures."""
 
 
 def synthetics(
@@ -52,19 +59,32 @@ def synthetics(
         int | None,
         typer.Option(metavar="N", callback=at_least(1), help="Processes on a CPU.", show_default="one a core"),
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            callback=at_least(30),
+            help="End within so many seconds, and go on where the command is repeated.",
+            show_default="none",
+        ),
+    ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List mixers and tasks and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
 ) -> None:
     """Train small models on languages that need recall, and compare what mixes their tokens.
 
-    What DIR holds already is not computed again, so a table that was stopped goes on where it was.
+    What DIR holds already is not computed again, so a table that was stopped goes on where it was. With --time-limit
+    the exit code is 75 as long as cells are missing.
 
     Example:
         hippos synthetics --quick
         hippos synthetics --mixer h3 --mixer s4 --task induction_head --out runs/s4
+        hippos synthetics --time-limit 590
     """
     import json
+    import time
 
+    started = time.monotonic()
     from hippos.experiments.synthetics import make_study, run_study, summarise, to_markdown, write_figures, write_pages
 
     if list_names:
@@ -76,15 +96,27 @@ def synthetics(
     quiet_transformers()
     try:
         with _progress(study, is_quiet=as_json) as progress:
-            results = run_study(study, folder, device=device, jobs=jobs, progress=progress)
+            rest = None if time_limit is None else max(1.0, time_limit - (time.monotonic() - started) - _REPORT_S)
+            results = run_study(study, folder, device=device, jobs=jobs, time_limit=rest, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is done lies in {folder}; the same command goes on from there") from None
-    paths = [*write_pages(results, folder), *write_figures(results, folder)]
+    paths = [*write_pages(results, folder), *write_figures(results, folder)] if results else []
+    missing = [cell.name for cell in study.cells if cell.name not in results]
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), "cells": summarise(results)}, indent=1))
-        return
-    typer.echo(to_markdown(results))
-    typer.echo("\n".join(f"wrote {path}" for path in paths), err=True)
+        content = {"folder": str(folder), "cells": summarise(results), "unfinished": missing}
+        typer.echo(json.dumps(content, indent=1))
+    else:
+        if results:
+            typer.echo(to_markdown(results))
+        typer.echo("".join(f"wrote {path}\n" for path in paths), err=True, nl=False)
+    if missing:
+        n_cells = len(study.cells)
+        fail(
+            f"the time is up, {n_cells - len(missing)} of {n_cells} cells are done; what is done lies in {folder}; "
+            "the same command goes on from there",
+            exit_code=UNFINISHED,
+            label="stopped",
+        )
 
 
 def _list_names(quick: bool) -> None:

@@ -22,7 +22,8 @@ def test_models_differ_in_the_mixer_alone(mixer):
     config = model_config(mixer, TASK, ModelSize())
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (32, 2, 128)
     assert config.padded_vocab_size == config.vocab_size == 20
-    assert (config.learned_positions > 0) == (config.attn_layers == (0, 1))
+    assert (config.learned_positions > 0) == (mixer == "attention")
+    assert config.rotary_dim == (32 if mixer == "attention_rotary" else 0)
 
 
 def test_unknown_mixer():

@@ -20,9 +20,11 @@ def after_steps(mixer: str, *, is_recorded: bool) -> tuple[CellTraining, dict[st
     cell = CellTraining(mixer, task, (0, 1), SIZE, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        step = cell._make_step()[0] if is_recorded else cell._step
-        for _ in range(N_STEPS):
-            step()
+        if is_recorded:
+            cell._make_runner().take(N_STEPS)
+        else:
+            for _ in range(N_STEPS):
+                cell._step()
     return cell, {name: value.detach().clone() for name, value in cell.stack.parameters.items()}
 
 

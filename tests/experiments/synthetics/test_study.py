@@ -16,10 +16,12 @@ from hippos.experiments.synthetics import (
     make_study,
     read_results,
     run_study,
+    running,
     to_markdown,
     write_figures,
     write_pages,
 )
+from hippos.experiments.synthetics import study as study_module
 from hippos.experiments.synthetics.training import CellTraining, batch_order
 
 TASK = TableTask(
@@ -30,6 +32,7 @@ TASK = TableTask(
     n_train=20,
     n_test=10,
     lengths=(6, 12),
+    watched_lengths=(12,),
 )
 STUDY = Study(("h3", "attention"), (TASK,), (0, 1), ModelSize(d_model=8, d_state=4))
 
@@ -61,11 +64,15 @@ def test_results_hold_everything(finished):
         curve = [row["accuracy"][number] for row in h3["curve"]]
         assert (seed["best_accuracy"], seed["final_accuracy"]) == (max(curve), curve[-1])
         assert set(seed["by_length"]) == {"6", "12"}
+        assert seed["best_by_length"] == {"12": max(row["by_length"]["12"][number] for row in h3["curve"])}
+        assert seed["by_length"]["12"] == pytest.approx(h3["curve"][-1]["by_length"]["12"][number], abs=1e-6)
     assert h3["settings"]["task"]["training"]["lr"] == 1e-3
     assert h3["machine"]["gpu"] is None
     assert [layer["layer"] for layer in h3["recall"]] == [0, 1]
     # Learned positions end at the trained length.
-    assert set(results["associative_recall_10-attention"]["seeds"][0]["by_length"]) == {"6"}
+    (attention, _) = results["associative_recall_10-attention"]["seeds"]
+    assert set(attention["by_length"]) == {"6"}
+    assert attention["best_by_length"] == {}
 
 
 def test_progress_tells_steps_and_ends(finished):
@@ -94,7 +101,8 @@ def test_a_missing_cell_is_computed_and_the_same_again(finished, tmp_path):
 
 
 @pytest.mark.parametrize("mixer", ["h3_frozen_shift", "attention"])
-def test_a_stopped_cell_goes_on_from_its_last_test(tmp_path, monkeypatch, mixer):
+def test_a_stopped_cell_goes_on_from_where_it_was_saved(tmp_path, monkeypatch, mixer):
+    monkeypatch.setattr(running, "_SAVE_EVERY_S", 0.0)
     study = replace(STUDY, mixers=(mixer,))
     wanted = run_study(study, tmp_path / "whole", device="cpu", jobs=1)
 
@@ -116,7 +124,61 @@ def test_a_stopped_cell_goes_on_from_its_last_test(tmp_path, monkeypatch, mixer)
     assert not (tmp_path / "stopped" / "unfinished").exists()
 
 
-def test_what_other_settings_left_unfinished_is_not_gone_on_with(tmp_path):
+class Clock:
+    """Time that goes on by a second whenever it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in (running, study_module):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_a_table_in_runs_of_limited_time(finished, tmp_path, clock):
+    _, wanted, _ = finished
+    runs = []
+    while not runs or len(runs[-1]) < len(STUDY.cells):
+        started = clock.now
+        runs.append(run_study(STUDY, tmp_path, device="cpu", jobs=1, time_limit=5.0))
+        assert clock.now - started <= 7.0
+        assert len(runs) < 20
+    assert len(runs) > 2
+    assert runs[0] == {}
+    for name, result in wanted.items():
+        assert runs[-1][name]["curve"] == result["curve"]
+        assert runs[-1][name]["seeds"] == result["seeds"]
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_what_another_device_left_unfinished_is_not_gone_on_with(finished, tmp_path, clock):
+    _, wanted, _ = finished
+    study = replace(STUDY, mixers=("attention",))
+    assert run_study(study, tmp_path, device="cpu", jobs=1, time_limit=5.0) == {}
+    (file,) = (tmp_path / "unfinished").iterdir()
+    state = torch.load(file)
+    assert 0 < int(state["clock"]) < TASK.n_steps
+    torch.save({**state, "device": "cuda", "clock": state["clock"] * 0}, file)
+    results = run_study(study, tmp_path, device="cpu", jobs=1)
+    assert results["associative_recall_10-attention"]["curve"] == wanted["associative_recall_10-attention"]["curve"]
+
+
+def test_a_time_limit_is_above_0(tmp_path):
+    with pytest.raises(ConfigError, match="time limit must be above 0 s, got -1"):
+        run_study(STUDY, tmp_path, device="cpu", time_limit=-1.0)
+
+
+def test_what_other_settings_left_unfinished_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_SAVE_EVERY_S", 0.0)
+
     def stop(name: str, steps: int) -> None:
         if steps == TASK.n_steps:
             raise KeyboardInterrupt
@@ -169,8 +231,8 @@ def test_a_run_ends_when_every_seed_is_without_mistakes(monkeypatch):
     task = replace(TASK, training=replace(TASK.training, epochs=20, tests=20, solved_tests=3))
     training = CellTraining("attention", task, (0, 1), STUDY.size, torch.device("cpu"))
     answers = iter([[1.0, 0.5], [1.0, 1.0], [1.0, 0.9], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
-    monkeypatch.setattr(training.stack, "accuracies", lambda *_: torch.tensor(next(answers)))
-    monkeypatch.setattr(training, "_test_lengths", lambda: None)
+    monkeypatch.setattr(training._tests, "measure", lambda: torch.tensor([next(answers)]))
+    monkeypatch.setattr(training._tests, "at_lengths", dict)
     list(training.advance())
     assert training.result()["epochs"] == 6
 
@@ -237,6 +299,12 @@ def test_devices_that_are_not_there(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="PyTorch finds none"):
             run_study(STUDY, tmp_path, device="cuda")
+
+
+def test_a_table_tests_after_every_pass_unless_told_otherwise():
+    task = replace(TASK, training=Training(epochs=5, warmup_epochs=0, batch=8))
+    training = CellTraining("attention", task, (0,), STUDY.size, torch.device("cpu"))
+    assert training._test_steps() == [3, 6, 9, 12, 15]
 
 
 def test_the_published_table_is_the_default():

@@ -89,13 +89,16 @@ def _draw_lengths(axes: Any, rows: list[dict[str, Any]], results: Results, colou
         lengths = [int(length) for length in row["by_length"]]
         values = list(row["by_length"].values())
         axes.plot(lengths, values, "o-", color=colours[row["mixer"]], label=MIXERS[row["mixer"]].title, markersize=3)
+        best = row["best_by_length"]
+        axes.plot([int(n) for n in best], list(best.values()), "*", color=colours[row["mixer"]], markersize=8)
     task = rows[0]["task"]
     trained_at = results[f"{task}-{rows[0]['mixer']}"]["settings"]["task"]["task"]["input_seqlen"]
     axes.axvline(trained_at, color="black", linestyle="--", linewidth=0.8)
     axes.set_xscale("log", base=2)
     lengths = sorted({int(length) for row in rows for length in row["by_length"]})
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set_xlabel(f"input length (dashed: trained at {trained_at})", fontsize=8)
+    stars = "; stars: best test" if any(row["best_by_length"] for row in rows) else ""
+    axes.set_xlabel(f"input length (dashed: trained at {trained_at}{stars})", fontsize=8)
     axes.set_title(TASKS[task].title, fontsize=8)
     axes.set_ylim(0, 105)
     axes.grid(alpha=0.3)

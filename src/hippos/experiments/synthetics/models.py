@@ -41,11 +41,14 @@ class TableMixer:
         title: Its name for people.
         changes: Fields of `H3Config`.
         attention: Which layers are attention instead: "none", "all", or "last".
+        positions: Where all layers are attention: "learned", an embedding of each place up to the language's length,
+            or "rotary", in all channels of the head.
     """
 
     title: str
     changes: Mapping[str, Any]
     attention: str = "none"
+    positions: str = "learned"
 
 
 QUICK_SIZE = ModelSize(embedding_dropout=0.0, attention_dropout=0.0)
@@ -59,6 +62,7 @@ MIXERS: Mapping[str, TableMixer] = {
     ),
     "gss": TableMixer("GSS", {"mixer": "gss"}),
     "attention": TableMixer("attention", {}, attention="all"),
+    "attention_rotary": TableMixer("attention, rotary", {}, attention="all", positions="rotary"),
     "s4": TableMixer("S4", {"mixer": "s4"}),
     "dss": TableMixer("DSS", {"mixer": "dss"}),
     "h3_attention": TableMixer("H3, then attention", {}, attention="last"),
@@ -66,7 +70,7 @@ MIXERS: Mapping[str, TableMixer] = {
     "h3_frozen_shift": TableMixer("H3, shift SSM frozen", {"mixer_options": {"shift": "frozen"}}),
     "h3_no_gates": TableMixer("H3 without gates", {"mixer_options": {"has_gates": False}}),
 }
-"""Name -> row. Attention has one head and learned positions, as published."""
+"""Name -> row. Attention has one head and, as published, learned positions; "attention_rotary" is a row of our own."""
 
 PUBLISHED = ("h3", "s4d", "gss", "attention")
 """The rows of the table unless others are asked for."""
@@ -94,11 +98,12 @@ def model_config(mixer: str, task: SyntheticTask, size: ModelSize) -> H3Config:
         size: Width, depth and dropout.
 
     Returns:
-        The configuration; only attention in every layer has positions, for sequences up to the language's length.
+        The configuration; only attention in every layer has positions, learned ones up to the language's length.
     """
     row = find_mixer(mixer)
     layers = range(size.n_layers)
     attention = {"none": (), "all": tuple(layers), "last": (size.n_layers - 1,)}[row.attention]
+    positions = row.positions if row.attention == "all" else "none"
     return H3Config(
         vocab_size=task.vocab_size,
         padded_vocab_size=task.vocab_size,
@@ -106,7 +111,8 @@ def model_config(mixer: str, task: SyntheticTask, size: ModelSize) -> H3Config:
         num_hidden_layers=size.n_layers,
         num_attention_heads=1,
         attn_layers=attention,
-        learned_positions=task.seqlen if row.attention == "all" else 0,
+        learned_positions=task.seqlen if positions == "learned" else 0,
+        rotary_dim=size.d_model if positions == "rotary" else 0,
         state_size=size.d_state,
         embedding_dropout=size.embedding_dropout,
         attention_dropout=size.attention_dropout,

@@ -39,7 +39,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
             if result is None:
                 continue
             best = [100 * seed["best_accuracy"] for seed in result["seeds"]]
-            lengths = result["seeds"][0]["by_length"]
+            lengths, watched = (result["seeds"][0].get(key, {}) for key in ("by_length", "best_by_length"))
             rows.append(
                 {
                     "task": task,
@@ -50,6 +50,9 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     "by_seed": best,
                     "final_accuracy": median_accuracy(result, "final_accuracy"),
                     "by_length": {n: 100 * median(seed["by_length"][n] for seed in result["seeds"]) for n in lengths},
+                    "best_by_length": {
+                        n: 100 * median(seed["best_by_length"][n] for seed in result["seeds"]) for n in watched
+                    },
                     "chance": 100 * result["chance"],
                     "n_seeds": len(best),
                     "parameters": result["parameters"],
@@ -86,11 +89,16 @@ def to_markdown(results: Results) -> str:
         if of_task:
             lengths = max((list(row["by_length"]) for row in of_task), key=len)
             trained_at = results[f"{task}-{of_task[0]['mixer']}"]["settings"]["task"]["task"]["input_seqlen"]
+            watched = max((list(row["best_by_length"]) for row in of_task), key=len)
             lines += [f"## Other lengths: {title}", "", f"Trained at {trained_at}; the model as it is in the end.", ""]
             lines += _table(
-                ["input length", *lengths],
+                ["input length", *lengths, *(f"{n}, best test" for n in watched)],
                 [
-                    [MIXERS[row["mixer"]].title, *(_percent(row["by_length"].get(n)) for n in lengths)]
+                    [
+                        MIXERS[row["mixer"]].title,
+                        *(_percent(row["by_length"].get(n)) for n in lengths),
+                        *(_percent(row["best_by_length"].get(n)) for n in watched),
+                    ]
                     for row in of_task
                 ],
             )

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -26,19 +27,23 @@ from hippos.train.checkpoints import write_atomically
 if TYPE_CHECKING:
     from hippos.experiments.synthetics.study import Cell
 
-__all__ = ["CELLS_FOLDER", "FORMAT", "UNFINISHED_FOLDER", "Progress", "run_cells"]
+__all__ = ["CELLS_FOLDER", "FORMAT", "NEVER", "UNFINISHED_FOLDER", "Progress", "run_cells"]
 
 CELLS_FOLDER = "cells"
 UNFINISHED_FOLDER = "unfinished"
 FORMAT = 1
+NEVER = float("inf")
 _POLL_S = 0.2
+_SAVE_EVERY_S = 20.0
 
 Progress = Callable[[str, int], None]
 """Told a cell's name and how many of its steps are done."""
 
 
-def run_cells(cells: Sequence[Cell], out: Path, device: torch.device, jobs: int, report: Progress) -> None:
-    """Compute cells and write their files.
+def run_cells(
+    cells: Sequence[Cell], out: Path, device: torch.device, jobs: int, report: Progress, deadline: float = NEVER
+) -> None:
+    """Compute cells and write their files, and those of unfinished ones when the time is up.
 
     Args:
         cells: The cells.
@@ -46,29 +51,35 @@ def run_cells(cells: Sequence[Cell], out: Path, device: torch.device, jobs: int,
         device: Where to train.
         jobs: Processes at most, on a CPU.
         report: Told of every cell's steps, -1 where it ends.
+        deadline: When to be done, by ``time.monotonic``.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C and on SIGTERM; no process is left behind.
     """
     with _terminable():
         if device.type == "cuda":
-            _run_side_by_side(cells, out, device, report)
+            _run_side_by_side(cells, out, device, report, deadline)
         elif min(jobs, len(cells)) > 1:
-            _run_in_processes(cells, out, min(jobs, len(cells)), report)
+            _run_in_processes(cells, out, min(jobs, len(cells)), report, deadline)
         else:
             for cell in cells:
-                _exhaust(_compute(cell, out, device), cell.name, report)
+                for done in _compute(cell, out, device, deadline):
+                    report(cell.name, done)
 
 
-def _compute(cell: Cell, out: Path, device: torch.device) -> Iterator[int]:
-    """Compute a cell and write its file, giving the steps done; on a CPU go on from the last test before a stop."""
+def _compute(cell: Cell, out: Path, device: torch.device, deadline: float) -> Iterator[int]:
+    """Compute a cell from where it was saved, giving the steps done, and -1 when its file is written.
+
+    When the time is up it is saved, and nothing more is given.
+    """
+    if time.monotonic() >= deadline:
+        return
     training = CellTraining(cell.mixer, cell.task, cell.seeds, cell.size, device)
     unfinished = out / UNFINISHED_FOLDER / f"{cell.name}.pt"
-    if device.type == "cpu":
-        _go_on(training, cell, unfinished)
-        yield from training.advance(lambda: _save(training, cell, unfinished))
-    else:
-        yield from training.advance()
+    _load(training, cell, unfinished)
+    yield from training.advance(_Keeper(training, cell, unfinished, deadline).go_on)
+    if not training.is_finished:
+        return
     content = {
         "format": FORMAT,
         "mixer": cell.mixer,
@@ -79,6 +90,24 @@ def _compute(cell: Cell, out: Path, device: torch.device) -> Iterator[int]:
     }
     write_atomically(out / CELLS_FOLDER / f"{cell.name}.json", json.dumps(content) + "\n")
     unfinished.unlink(missing_ok=True)
+    yield -1
+
+
+class _Keeper:
+    """Saves a cell now and then, and in the end when its time is up."""
+
+    def __init__(self, training: CellTraining, cell: Cell, file: Path, deadline: float) -> None:
+        self._training, self._cell, self._file, self._deadline = training, cell, file, deadline
+        self._saved = time.monotonic()
+
+    def go_on(self) -> bool:
+        """Save, if it is time to; whether there is time to go on."""
+        now = time.monotonic()
+        has_time = now < self._deadline
+        if not has_time or now - self._saved >= _SAVE_EVERY_S:
+            _save(self._training, self._cell, self._file)
+            self._saved = now
+        return has_time
 
 
 def _save(training: CellTraining, cell: Cell, file: Path) -> None:
@@ -89,43 +118,43 @@ def _save(training: CellTraining, cell: Cell, file: Path) -> None:
     aside.replace(file)
 
 
-def _go_on(training: CellTraining, cell: Cell, file: Path) -> None:
-    """Load where a cell's training stood; what other settings or a damaged file left begins anew."""
+def _load(training: CellTraining, cell: Cell, file: Path) -> None:
+    """Load where a cell's training stood; what other settings, another device or a damaged file left begins anew."""
     if not file.is_file():
         return
     try:
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return
-    if state.get("format") == FORMAT and state.get("settings") == json.dumps(cell.settings()):
+    wanted = {"format": FORMAT, "settings": json.dumps(cell.settings()), "device": training.device.type}
+    if all(state.get(key) == value for key, value in wanted.items()):
         training.load_state(state)
 
 
-def _exhaust(steps: Iterator[int], name: str, report: Progress) -> None:
-    for done in steps:
-        report(name, done)
-    report(name, -1)
-
-
-def _run_side_by_side(cells: Sequence[Cell], out: Path, device: torch.device, report: Progress) -> None:
+def _run_side_by_side(
+    cells: Sequence[Cell], out: Path, device: torch.device, report: Progress, deadline: float
+) -> None:
     """Turn from cell to cell, each of which leaves the device with work until its next test."""
     # Read when the device is first used: by default eight streams are truly side by side.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    running = {cell.name: _compute(cell, out, device) for cell in cells}
+    running = {cell.name: _compute(cell, out, device, deadline) for cell in cells}
+    reported: dict[str, int] = {}
     while running:
         for name, steps in list(running.items()):
             done = next(steps, None)
-            report(name, -1 if done is None else done)
             if done is None:
                 del running[name]
+            elif done != reported.get(name):  # else it waits for the device
+                reported[name] = done
+                report(name, done)
 
 
-def _run_in_processes(cells: Sequence[Cell], out: Path, n_jobs: int, report: Progress) -> None:
+def _run_in_processes(cells: Sequence[Cell], out: Path, n_jobs: int, report: Progress, deadline: float) -> None:
     context = get_context("spawn")
     queue: Any = context.Queue()
     n_threads = max(1, available_cores() // n_jobs)
     with ProcessPoolExecutor(n_jobs, context, _start_worker, (queue, n_threads)) as pool:
-        futures = [pool.submit(_work, cell, out) for cell in cells]
+        futures = [pool.submit(_work, cell, out, deadline) for cell in cells]
         try:
             while not all(future.done() for future in futures) or not queue.empty():
                 try:
@@ -169,13 +198,10 @@ def _start_worker(queue: Any, n_threads: int) -> None:
     torch.set_num_threads(n_threads)
 
 
-def _work(cell: Cell, out: Path) -> None:
+def _work(cell: Cell, out: Path, deadline: float) -> None:
     """Compute one cell in a worker."""
     starter = parent_process()
-
-    def report(name: str, steps: int) -> None:
+    for done in _compute(cell, out, torch.device("cpu"), deadline):
         if starter is not None and not starter.is_alive():
             os._exit(1)  # killed; nobody waits for this cell
-        _reports.put((name, steps))
-
-    _exhaust(_compute(cell, out, torch.device("cpu")), cell.name, report)
+        _reports.put((cell.name, done))

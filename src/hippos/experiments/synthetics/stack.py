@@ -32,10 +32,13 @@ class ModelStack:
     Attributes:
         parameters: Name -> parameter, shape (S, ...).
         n_parameters: Parameters of one model.
+        n_models: How many models, S.
+        config: The configuration of each.
     """
 
     def __init__(self, config: H3Config, seeds: Sequence[int], device: torch.device) -> None:
         models = []
+        self.config, self.n_models = config, len(seeds)
         with torch.random.fork_rng(devices=[]):
             for seed in seeds:
                 torch.manual_seed(seed)
@@ -116,7 +119,7 @@ class ModelStack:
 
     def one(self, index: int) -> H3ForCausalLM:
         """A model of its own with the parameters of one of the stack."""
-        model = H3ForCausalLM(self._model.config).to(self.parameters[_EMBEDDING].device)
+        model = H3ForCausalLM(self.config).to(self.parameters[_EMBEDDING].device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.parameters[name][index])

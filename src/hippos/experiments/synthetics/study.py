@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from hippos.experiments.synthetics.recipes import (
     with_training,
 )
 from hippos.experiments.synthetics.recipes import PUBLISHED as PUBLISHED_TASKS
-from hippos.experiments.synthetics.running import CELLS_FOLDER, FORMAT, UNFINISHED_FOLDER, Progress, run_cells
+from hippos.experiments.synthetics.running import CELLS_FOLDER, FORMAT, NEVER, UNFINISHED_FOLDER, Progress, run_cells
 
 __all__ = ["Cell", "Progress", "Study", "make_study", "read_results", "run_study"]
 
@@ -92,7 +93,12 @@ class Cell:
         """Everything that decides its numbers, as JSON would give it back."""
         row = MIXERS[self.mixer]
         settings = {
-            "mixer": {"name": self.mixer, "changes": row.changes, "attention": row.attention},
+            "mixer": {
+                "name": self.mixer,
+                "changes": row.changes,
+                "attention": row.attention,
+                "positions": row.positions,
+            },
             "task": self.task.settings(),
             "seeds": self.seeds,
             "model": asdict(self.size),
@@ -150,28 +156,34 @@ def run_study(
     *,
     device: str | None = None,
     jobs: int | None = None,
+    time_limit: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compute the cells that a folder does not hold yet.
 
     Each cell's result is written when the cell ends, atomically: what was stopped goes on with the cells that are
-    missing, on a CPU from the last test of each, bit for bit. On a CUDA device all cells run side by side in one
-    process; elsewhere each process runs one at a time.
+    missing, each from where it was saved (every 20 s, and when the time is up), with the same numbers as if it had not
+    been stopped. On a CUDA device all cells run side by side in one process; elsewhere each process runs one at a time.
 
     Args:
         study: The table.
         out: The folder; made if missing.
         device: "cuda" or "cpu"; None for a CUDA device where there is one.
         jobs: Processes on a CPU; None for one a core.
+        time_limit: Seconds after which cells are saved as they are; None for as long as it takes.
         progress: Told of every cell's steps.
 
     Returns:
-        The results of all the study's cells by their names.
+        The results of the study's cells by their names: of all, unless the time was up before.
 
     Raises:
-        ConfigError: If the folder holds results of other settings, or the device is unknown.
+        ConfigError: If the folder holds results of other settings, the device is unknown, or the time limit is not
+            above 0.
         KeyboardInterrupt: On Ctrl-C and on SIGTERM; the next call goes on.
     """
+    if time_limit is not None and not time_limit > 0:
+        raise ConfigError(f"time limit must be above 0 s, got {time_limit}")
+    deadline = NEVER if time_limit is None else time.monotonic() + time_limit
     place = _find_device(device)
     done = check_folder(study, out)
     report = progress or (lambda name, steps: None)
@@ -180,8 +192,8 @@ def run_study(
         report(name, -1)
     if missing:
         (out / CELLS_FOLDER).mkdir(parents=True, exist_ok=True)
-    run_cells(missing, out, place, jobs or available_cores(), report)
-    with suppress(OSError):  # it is not there, or another table's cells are in it
+    run_cells(missing, out, place, jobs or available_cores(), report, deadline)
+    with suppress(OSError):  # it is not there, or cells are in it that are not finished
         (out / UNFINISHED_FOLDER).rmdir()
     return check_folder(study, out)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hippos.data.synthetic import Split, make_length_splits, make_splits
 from hippos.experiments.synthetics.models import ModelSize, model_config
 from hippos.experiments.synthetics.recall import recall_map
 from hippos.experiments.synthetics.recipes import TableTask
 from hippos.experiments.synthetics.recorded import RecordedGradients
+from hippos.experiments.synthetics.runner import PlainRunner, Runner
 from hippos.experiments.synthetics.stack import ModelStack
+from hippos.experiments.synthetics.testing import CellTests, published_splits
 
 __all__ = ["CellTraining", "batch_order"]
 
 _SSM_LR = 1e-3
 _TURN_STEPS = 10
-# Sequences at a time when testing at other lengths.
-_TEST_TOKENS = 32768
 
 
 def batch_order(n_train: int, batch: int, epochs: int, seed: int) -> NDArray[np.int32]:
@@ -46,7 +43,8 @@ class CellTraining:
     """One mixer on one language, a stack of seeds, advanced from test to test.
 
     On a CUDA device a whole step (batch, forward, backward, optimiser) is one CUDA graph on a stream of its own, so
-    that several cells run side by side. On a CPU the operations of forward and backward pass are recorded once.
+    that several cells run side by side, and so is a test. On a CPU the operations of forward and backward pass are
+    recorded once.
 
     Args:
         mixer: A row of the table.
@@ -54,6 +52,9 @@ class CellTraining:
         seeds: Seeds of parameters, order of the examples and, together, of dropout.
         size: Size of the models.
         device: Where to train.
+
+    Attributes:
+        is_finished: Whether `advance` came to the end, so that there is a `result`.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class CellTraining:
         self.mixer, self.task, self.seeds, self.size, self.device = mixer, task, tuple(seeds), size, device
         training = task.training
         self.stack = ModelStack(model_config(mixer, task.task, size), seeds, device)
-        train, test = make_splits(task.task, n_train=task.n_train, n_test=task.n_test, seed=task.data_seed)
+        self._tests = CellTests(self.stack, task, device)
+        train = published_splits(task)[0]
         if training.answers_only:
             train = replace(train, scores_all=False)
-        self._train, self._test = self._tensors(train), self._tensors(test)
+        self._train = tuple(torch.tensor(part, device=device) for part in (train.input_ids, train.targets))
         orders = [batch_order(task.n_train, training.batch, training.epochs, seed) for seed in self.seeds]
         self._order = torch.from_numpy(np.stack(orders, axis=1)).to(device)  # (steps, S, batch)
         rates = torch.from_numpy(training.learning_rates(task.n_train)).to(device, torch.float32)
@@ -78,6 +80,8 @@ class CellTraining:
         self.recall: list[dict[str, Any]] = []
         self.by_length: dict[int, list[float]] = {}
         self.seconds = 0.0
+        self.is_finished = False
+        self._runner: Runner | None = None
         self._rng: Tensor | None = None  # that of dropout, where a stopped training goes on
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -95,71 +99,90 @@ class CellTraining:
         is_cuda = self.device.type == "cuda"
         return torch.optim.AdamW(groups, betas=self.task.training.betas, fused=True, capturable=is_cuda)
 
-    def advance(self, on_test: Callable[[], None] | None = None) -> Iterator[int]:
+    def advance(self, go_on: Callable[[], bool] = lambda: True) -> Iterator[int]:
         """Train, giving the steps done so far now and then; the results are in the attributes when it ends.
 
         Args:
-            on_test: Called after every test; there `state` may be asked for.
+            go_on: Asked every few steps; there `state` may be asked for. With False the training ends unfinished.
         """
         started = time.perf_counter() - self.seconds
+
+        def may_go_on() -> bool:
+            self.seconds = time.perf_counter() - started
+            with runner.in_order():
+                return go_on()
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seeds[0])
-            step, on_stream = self._make_step()
-            if self._rng is not None:
+            runner = self._make_runner()
+            if self._rng is not None and self.device.type == "cpu":
                 torch.set_rng_state(self._rng)
             done = int(self._clock)
-            for until in self._tests():
+            for until in self._test_steps():
                 if until <= done:
                     continue
                 if self._is_solved():
                     break
                 while done < until:
                     n_steps = min(_TURN_STEPS, until - done)
-                    for _ in range(n_steps):
-                        step()
+                    runner.take(n_steps)
                     done += n_steps
                     yield done
-                with on_stream():
-                    self._record(done, self.stack.accuracies(*self._test).tolist())
-                self.seconds = time.perf_counter() - started
-                if on_test is not None:
-                    on_test()
-            with on_stream():
-                self._test_lengths()
+                    while runner.is_ahead():
+                        yield done
+                    if done < until and not may_go_on():
+                        return
+                yield from self._test(runner, done)
+                if not may_go_on():
+                    return
+            with runner.in_order():
+                self.by_length = self._tests.at_lengths()
                 if self.mixer.startswith("h3"):
-                    self.recall = recall_map(self.stack.one(0), self._test[0][:1])
+                    self.recall = recall_map(self.stack.one(0), self._tests.one_sequence())
         self.seconds = time.perf_counter() - started
+        self.is_finished = True
+
+    def _test(self, runner: Runner, done: int) -> Iterator[int]:
+        """Test, and note what is found; meanwhile others may work."""
+        runner.start_test()
+        while (found := runner.finished_test()) is None:
+            yield done
+        accuracies = [[round(value, 6) for value in row] for row in found.tolist()]
+        epoch = done / self.task.training.steps_per_epoch(self.task.n_train)
+        row: dict[str, Any] = {"epoch": round(epoch, 3), "accuracy": accuracies[0]}
+        if self._tests.watched:
+            row["by_length"] = dict(zip(map(str, self._tests.watched), accuracies[1:], strict=True))
+        self.curve.append(row)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a training on a CPU needs to go on from a test, bit for bit; ask for it in ``on_test``."""
+        """Everything that a training needs to go on, bit for bit; to be asked for in ``go_on`` of `advance`."""
+        if self._runner is None:
+            raise RuntimeError("a training has a state while it advances")
         optimizer = {name: dict(self._optimizer.state.get(value, {})) for name, value in self.stack.parameters.items()}
         return {
+            "device": self.device.type,
             "parameters": {name: value.detach() for name, value in self.stack.parameters.items()},
             "optimizer": optimizer,
             "clock": self._clock,
-            "rng": torch.get_rng_state(),
+            "rng": self._runner.rng_state(),
             "curve": self.curve,
             "seconds": self.seconds,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; before `advance`."""
+        """Go on from what `state` gave, on a device of the same type; before `advance`."""
         with torch.no_grad():
             for name, parameter in self.stack.parameters.items():
                 parameter.copy_(state["parameters"][name])
                 if stored := state["optimizer"][name]:
-                    self._optimizer.state[parameter] = stored
+                    self._optimizer.state[parameter] = {key: value.to(self.device) for key, value in stored.items()}
         self._clock.copy_(state["clock"])
         self._rng, self.curve, self.seconds = state["rng"], list(state["curve"]), state["seconds"]
 
-    def _tests(self) -> list[int]:
+    def _test_steps(self) -> list[int]:
         """After how many steps to test."""
-        training, n_steps = self.task.training, self.task.n_steps
-        return sorted({round(n_steps * (number + 1) / training.tests) for number in range(training.tests)} - {0})
-
-    def _record(self, steps: int, accuracies: list[float]) -> None:
-        epoch = steps / self.task.training.steps_per_epoch(self.task.n_train)
-        self.curve.append({"epoch": round(epoch, 3), "accuracy": [round(value, 6) for value in accuracies]})
+        n_tests = self.task.training.tests or self.task.training.epochs
+        return sorted({round(self.task.n_steps * (number + 1) / n_tests) for number in range(n_tests)} - {0})
 
     def _is_solved(self) -> bool:
         n_tests = self.task.training.solved_tests
@@ -184,31 +207,17 @@ class CellTraining:
         """Set the gradients of every parameter."""
         self.stack.losses(input_ids, targets, weights).sum().backward()  # type: ignore[no-untyped-call]
 
-    def _make_step(self) -> tuple[Callable[[], None], Callable[[], AbstractContextManager[Any]]]:
-        """Give what takes one step, the replay of a CUDA graph on such a device, and the context to look at it in."""
-        if self.device.type != "cuda":
+    def _make_runner(self) -> Runner:
+        if self.device.type == "cpu":
             self._differentiate = RecordedGradients(self.stack)
-            return self._step, contextlib.nullcontext
-        from hippos.experiments.synthetics.graph import GraphedStep
+            self._runner = PlainRunner(self._step, self._tests.measure)
+        else:
+            from hippos.experiments.synthetics.graph import GraphRunner
 
-        graphed = GraphedStep(self._step, self._optimizer, self.seeds[0], self._clock)
-        return graphed.replay, graphed.on_stream
-
-    def _test_lengths(self) -> None:
-        longest = self.stack.one(0).config.learned_positions
-        lengths = [n for n in self.task.lengths if not longest or self.task.task.at_length(n).seqlen <= longest]
-        splits = make_length_splits(self.task.task, lengths, n_test=self.task.n_test, seed=self.task.data_seed)
-        for length, split in splits.items():
-            ids, targets = self._tensors(split)
-            n_rows = max(1, _TEST_TOKENS // (ids.shape[1] * len(self.seeds)))
-            parts = [
-                self.stack.accuracies(*rows) * len(rows[0])
-                for rows in zip(torch.split(ids, n_rows), torch.split(targets, n_rows), strict=True)
-            ]
-            self.by_length[length] = (torch.stack(parts).sum(0) / len(ids)).tolist()
-
-    def _tensors(self, split: Split) -> tuple[Tensor, Tensor]:
-        return torch.tensor(split.input_ids, device=self.device), torch.tensor(split.targets, device=self.device)
+            self._runner = GraphRunner(
+                self._step, self._tests.measure, self._optimizer, self._clock, self.seeds[0], self._rng
+            )
+        return self._runner
 
     def result(self) -> dict[str, Any]:
         """What was found, as data."""
@@ -217,6 +226,10 @@ class CellTraining:
         for number, seed in enumerate(self.seeds):
             curve = [row["accuracy"][number] for row in self.curve]
             best = int(np.argmax(curve))
+            watched = {
+                str(length): max(row["by_length"][str(length)][number] for row in self.curve)
+                for length in self._tests.watched
+            }
             by_seed.append(
                 {
                     "seed": seed,
@@ -224,6 +237,7 @@ class CellTraining:
                     "best_epoch": self.curve[best]["epoch"],
                     "final_accuracy": finals[number],
                     "by_length": {str(length): round(values[number], 6) for length, values in self.by_length.items()},
+                    "best_by_length": watched,
                 }
             )
         return {
