@@ -45,6 +45,7 @@ def run(module, x, weights, scales, biases, *, gelu=False, splits=None, block_k=
         x, *descriptors, scales, n_rows, 2 * n_rows, biases, 2 * n_rows, n_rows, y, batch, n_rows, n_outputs,
         K=n_inputs, COUNT=len(weights), SPLITS=splits or 1, LEAVES_PARTS=splits is not None, HAS_BIAS=True,
         HAS_GELU=gelu, BLOCK_B=block_b, BLOCK_N=BLOCK_N, BLOCK_K=block_k, **hopper_tiles(block_b, block_k),
+        more=lambda names: setattr(names["gl"], "int8", torch.int8),
     )  # fmt: skip
     return y
 
