@@ -101,7 +101,7 @@ class Shared:
     """A tile in shared memory; what was never written is no number."""
 
     def __init__(self, tensor):
-        self.tensor, self.dtype = tensor, tensor.dtype
+        self.tensor, self.dtype, self.shape = tensor, tensor.dtype, tensor.shape
 
     def index(self, index):
         return Shared(self.tensor[int(index)])

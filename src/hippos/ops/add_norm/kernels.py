@@ -1,4 +1,8 @@
-"""Device code: a sum with its layer norm, and both gradients with the sums over all rows that parameters need."""
+"""Device code: a sum with its layer norm, and both gradients with the sums over all rows that parameters need.
+
+Rows are taken from the last to the first: the product in front has written the last ones last, and they are still in
+the cache; the product behind begins with the first ones.
+"""
 
 import triton
 import triton.language as tl
@@ -12,7 +16,7 @@ def add_norm_kernel(
     HAS_UPDATE: tl.constexpr, HAS_UPDATE_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: the sum of stream, update and the update's bias, written, and its norm."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     is_column = column < d_model
     inside = (row < n_rows)[:, None] & is_column[None, :]
@@ -73,8 +77,9 @@ def add_norm_bwd_kernel(
     dweight = tl.zeros([BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
     dupdate_bias = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(program * ROWS, n_rows, n_programs * ROWS):
-        row = start + tl.arange(0, ROWS)
+    n_pieces = tl.cdiv(n_rows, ROWS)
+    for piece in range(program, n_pieces, n_programs):
+        row = (n_pieces - 1 - piece) * ROWS + tl.arange(0, ROWS)
         inside = (row < n_rows)[:, None] & is_column[None, :]
         offs = row.to(tl.int64)[:, None] * d_model + column[None, :]
         dx = tl.zeros([ROWS, BLOCK_D], tl.float32)

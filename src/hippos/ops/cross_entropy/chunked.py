@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hippos.ops.precision import product_in
+
 ALIGNMENT = 64  # rows: odd vocabularies such as GPT-2's 50,257 take products five times as slow
 
 
@@ -39,7 +41,8 @@ def chunked_cross_entropy(
     rows = _aligned(weight, dtype)
     loss = hidden.new_zeros((), dtype=exact)
     d_hidden = torch.empty_like(hidden, dtype=dtype) if wants_grad else hidden.new_empty(0, dtype=dtype)
-    d_weight = weight.new_zeros(rows.shape if wants_grad else (0,), dtype=exact)
+    has_tokens = wants_grad and len(hidden) > 0
+    d_weight = weight.new_zeros(rows.shape if wants_grad and not has_tokens else (0,), dtype=exact)
     for start in range(0, hidden.shape[0], chunk_tokens):
         piece = slice(start, start + chunk_tokens)
         x = hidden[piece].to(dtype)
@@ -48,7 +51,10 @@ def chunked_cross_entropy(
         loss += nll
         if wants_grad:
             torch.mm(d_logits, rows, out=d_hidden[piece])
-            _add_product(d_weight, d_logits.t(), x)
+            if start == 0:
+                d_weight = product_in(d_logits.t(), x, exact)
+            else:
+                _add_product(d_weight, d_logits.t(), x)
     # A copy: what an operator gives must not be part of something larger.
     return loss, d_hidden, d_weight if len(d_weight) in (0, len(weight)) else d_weight[: len(weight)].clone()
 

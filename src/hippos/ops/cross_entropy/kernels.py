@@ -36,8 +36,9 @@ def softmax_cross_entropy_kernel(
     tl.store(nll_ptr + row, tl.where(counts, log_sum - at_target, 0.0))
     if WANTS_GRAD:
         tl.debug_barrier()  # the target's logit is read by all before it is overwritten
-        for start in range(0, n_columns, BLOCK):
-            column = start + offs
+        n_blocks = tl.cdiv(n_columns, BLOCK)
+        for block in range(n_blocks):  # from the end, which has been read last and is still in the cache
+            column = (n_blocks - 1 - block) * BLOCK + offs
             inside = column < n_columns
             x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(x - log_sum) - tl.where(column == target, 1.0, 0.0)

@@ -53,13 +53,18 @@ def gelu_mlp_backward_op(
     weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, w1, b1 and w2; ``act`` may be empty."""
-    from hippos.ops.gelu_mlp.launch import gelu_bwd_
+    from hippos.ops.gelu_mlp.launch import gelu, gelu_bwd_
+    from hippos.ops.gelu_mlp.launch_hopper import gelu_product_bwd, takes_hopper
 
     rows = u.reshape(-1, u.shape[-1]).contiguous()
     dy = dout.reshape(rows.shape[0], -1).contiguous()
-    again = None if act.numel() else torch.empty_like(inner)
-    dinner = dy @ second
-    db1 = gelu_bwd_(inner, b1, dinner, again)
+    if takes_hopper(dy, second, inner):
+        dinner, db1 = gelu_product_bwd(dy, second, inner, b1)
+        again = None if act.numel() else gelu(inner, b1)
+    else:
+        again = None if act.numel() else torch.empty_like(inner)
+        dinner = dy @ second
+        db1 = gelu_bwd_(inner, b1, dinner, again)
     dw2 = product_in(dy.t(), act if again is None else again, weight_dtype)
     del again
     dw1 = product_in(dinner.t(), rows, weight_dtype)

@@ -1,4 +1,8 @@
-"""Device code: GELU (tanh form) of a product that lacks its bias, and its gradient with the bias's."""
+"""Device code: GELU (tanh form) of a product that lacks its bias, and its gradient with the bias's.
+
+Rows are taken from the last to the first: the product in front has written the last ones last, and they are still in
+the cache; the product behind begins with the first ones.
+"""
 
 import triton
 import triton.language as tl
@@ -19,8 +23,10 @@ def gelu_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of GELU(inner + bias)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n_blocks = tl.cdiv(d_ff, BLOCK)
+    piece = tl.num_programs(0) - 1 - tl.program_id(0)
+    column = piece % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    row = piece // n_blocks * ROWS + tl.arange(0, ROWS)
     inside = (row < n_rows)[:, None] & (column < d_ff)[None, :]
     offs = row.to(tl.int64)[:, None] * d_ff + column[None, :]
     bias = tl.load(bias_ptr + column, mask=column < d_ff, other=0.0).to(tl.float32)
@@ -44,8 +50,9 @@ def gelu_bwd_kernel(
     is_column = column < d_ff
     bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    for start in range(program * ROWS, n_rows, n_programs * ROWS):
-        row = start + tl.arange(0, ROWS)
+    n_pieces = tl.cdiv(n_rows, ROWS)
+    for piece in range(program, n_pieces, n_programs):
+        row = (n_pieces - 1 - piece) * ROWS + tl.arange(0, ROWS)
         inside = (row < n_rows)[:, None] & is_column[None, :]
         offs = row.to(tl.int64)[:, None] * d_ff + column[None, :]
         x = tl.load(inner_ptr + offs, mask=inside, other=0.0).to(tl.float32) + bias[None, :]

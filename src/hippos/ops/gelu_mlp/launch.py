@@ -20,7 +20,7 @@ def gelu(inner: Tensor, bias: Tensor) -> Tensor:
     n_rows, d_ff = inner.shape
     act = torch.empty_like(inner)
     block = min(_BLOCK, triton.next_power_of_2(d_ff))
-    gelu_kernel[(triton.cdiv(n_rows, _ROWS), triton.cdiv(d_ff, block))](
+    gelu_kernel[(triton.cdiv(n_rows, _ROWS) * triton.cdiv(d_ff, block),)](
         inner, bias, act, n_rows, d_ff, ROWS=_ROWS, BLOCK=block, num_warps=4
     )
     return act

@@ -1,4 +1,4 @@
-"""GPU program that lays four matrices and vectors one below the other, in the dtypes that products read."""
+"""GPU programs beside a layer's products: its weights one below the other, and the gradients of its biases."""
 
 # mypy: ignore-errors
 
@@ -33,3 +33,16 @@ def stack_kernel(
         at = part * n_biases + place
         tl.store(biases_ptr + at, biases, mask=inside)
         tl.store(rounded_ptr + at, biases.to(rounded_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_sums_kernel(x_ptr, sums_ptr, n_rows, n_columns, stride, BLOCK: tl.constexpr):
+    """The sum of a row, in a fixed order. Rows and columns from the last to the first, as the cache holds the last."""
+    row = n_rows - 1 - tl.program_id(0)
+    x_ptr += row.to(tl.int64) * stride
+    total = tl.zeros([BLOCK], tl.float32)
+    n_blocks = tl.cdiv(n_columns, BLOCK)
+    for block in range(n_blocks):
+        column = (n_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + column, mask=column < n_columns, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + row, tl.sum(total, axis=0))

@@ -18,7 +18,7 @@ from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, is_common, saved_states
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
 from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative
 from hippos.ops.h3_mix.schedule import folds_bias
-from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, stack_projections
+from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, row_sums, stack_projections
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.kernel_fallback import none
@@ -216,13 +216,13 @@ def h3_projected_backward_op(
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, None, None)))._replace(bias=bias)
         found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint)
     rows = dproduct.view(3 * d_model, batch * seqlen)
+    if dbias.numel():
+        row_sums(rows, dbias[: 3 * d_model])
     du = (rows.t() @ weights[: 3 * d_model]).view(u.shape) if wants_tokens else none(u)
     if not wants_weights:
         return du, none(u), none(u), none(u), *found[3:9]
     dweight = product_in(rows, u.reshape(batch * seqlen, -1), dtype)
     dlast = product_in(drows.t(), y.transpose(0, 1).reshape(d_model, -1).t(), dtype)
-    if dbias.numel():
-        torch.sum(rows, 1, dtype=torch.float32, out=dbias[: 3 * d_model])
     return du, dweight, dlast, dbias.to(dtype), *found[3:9]
 
 

@@ -1,4 +1,4 @@
-"""A layer's four projections as the products of an operator read them: one matrix, in the dtype of the tokens."""
+"""A layer's four projections as the products of an operator read them, and the gradients of their biases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from hippos.ops.kernel_device import is_interpreted
 
 BLOCK = 4096
+_SUM_BLOCK = 4096
 
 
 class Projections(NamedTuple):
@@ -63,6 +64,16 @@ def stack_projections(projections: Projections, dtype: torch.dtype) -> Stacked:
         *matrices, *vectors, *stacked, n_weights, d_model, N_VECTORS=len(present), BLOCK=BLOCK
     )
     return stacked
+
+
+def row_sums(x: Tensor, out: Tensor) -> None:
+    """Sum the rows of a contiguous matrix into ``out``, float32, in the same order every time."""
+    if x.device.type != "cuda" and not is_interpreted():
+        torch.sum(x, 1, dtype=torch.float32, out=out)
+        return
+    from hippos.ops.h3_mix.kernels_stack import row_sums_kernel
+
+    row_sums_kernel[(len(x),)](x, out, *x.shape, x.stride(0), BLOCK=_SUM_BLOCK, num_warps=8)
 
 
 def allocate_stacked(projections: Projections, dtype: torch.dtype) -> Stacked:
