@@ -50,7 +50,8 @@ def test_pieces_of_cut_sequences_are_full_tiles():
 @pytest.mark.parametrize("rows", [16, 32, 64])
 @pytest.mark.parametrize(("batch", "seqlen"), [(1, 600), (2, 515), (3, 300), (9, 40)])
 def test_steps_and_segments(rows, batch, seqlen):
-    from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
+    from hippos.ops.h3_mix.launch import h3_mix_fwd
+    from hippos.ops.h3_mix.layout import MixInputs
 
     inputs = make_inputs(batch, 1, seqlen, 8, 3, torch.float32)
     initial = inputs.initial.contiguous()

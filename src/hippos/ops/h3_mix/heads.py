@@ -9,7 +9,14 @@ from torch import Tensor
 
 from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.heads_fallback import heads_backward_without_kernels, heads_forward_without_kernels
-from hippos.ops.h3_mix.layout import MixGradients, dense_strides, laid_out, refuse_second_derivative, without_gaps
+from hippos.ops.h3_mix.layout import (
+    MixGradients,
+    MixInputs,
+    dense_strides,
+    laid_out,
+    refuse_second_derivative,
+    without_gaps,
+)
 from hippos.ops.h3_mix.state import diag_state_sizes
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
@@ -39,7 +46,6 @@ def h3_heads_kernel_op(
     inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
     if q.device.type != "cuda" and not is_interpreted():
         return heads_forward_without_kernels(*inputs, cu_seqlens, head_dim, return_state)
-    from hippos.ops.h3_mix.launch import MixInputs
     from hippos.ops.h3_mix.launch_heads import h3_heads_fwd
 
     y, state = h3_heads_fwd(MixInputs(*laid_out(inputs)), cu_seqlens, head_dim, wants_state=return_state)
@@ -90,7 +96,6 @@ def h3_heads_kernel_backward_op(
     inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
     if q.device.type != "cuda" and not is_interpreted():
         return heads_backward_without_kernels(*inputs, cu_seqlens, head_dim, without_gaps(dout), dstate)
-    from hippos.ops.h3_mix.launch import MixInputs
     from hippos.ops.h3_mix.launch_heads import h3_heads_bwd
 
     dstate = None if dstate is None else dstate.contiguous()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hippos.ops.ssm_conv.kernels_rows import restart
 from hippos.ops.ssm_conv.kernels_scan import advance, power
 
 
@@ -73,13 +74,45 @@ def _join_four(parts, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _walk(re, im, a_re, a_im, s_re, s_im, COUNT: tl.constexpr):
-    """The states before each of COUNT steps, (n, COUNT, MODES), and after the last, from s before the first."""
+def _walk(re, im, a_re, a_im, s_re, s_im, resets, COUNT: tl.constexpr, HAS_RESETS: tl.constexpr, REVERSE: tl.constexpr):
+    """The states before each of COUNT steps, (n, COUNT, MODES), and after the last, from s before the first.
+
+    With REVERSE backward in time: the states after each step, and before the first.
+    """
     all_re, all_im = (), ()
     for step in tl.static_range(COUNT):
-        all_re, all_im = all_re + (s_re,), all_im + (s_im,)
-        s_re, s_im = advance(s_re, s_im, a_re, a_im, re[step], im[step])
+        if HAS_RESETS and not REVERSE:
+            s_re, s_im = restart(s_re, s_im, resets, step)
+        if REVERSE:
+            all_re, all_im = (s_re,) + all_re, (s_im,) + all_im
+            s_re, s_im = advance(s_re, s_im, a_re, a_im, re[COUNT - 1 - step], im[COUNT - 1 - step])
+        else:
+            all_re, all_im = all_re + (s_re,), all_im + (s_im,)
+            s_re, s_im = advance(s_re, s_im, a_re, a_im, re[step], im[step])
+        if HAS_RESETS and REVERSE:
+            s_re, s_im = restart(s_re, s_im, resets, COUNT - 1 - step)
     return _fold(all_re, COUNT), _fold(all_im, COUNT), s_re, s_im
+
+
+@triton.jit
+def _end_of_lanes(re, im, a_re, a_im, resets, COUNT: tl.constexpr, HAS_RESETS: tl.constexpr, REVERSE: tl.constexpr):
+    """The states after each lane's COUNT steps, or with REVERSE before, from zero."""
+    if REVERSE:
+        s_re, s_im = re[COUNT - 1], im[COUNT - 1]
+        for step in tl.static_range(1, COUNT):
+            if HAS_RESETS:
+                s_re, s_im = restart(s_re, s_im, resets, COUNT - step)
+            s_re, s_im = advance(s_re, s_im, a_re, a_im, re[COUNT - 1 - step], im[COUNT - 1 - step])
+        if HAS_RESETS:
+            s_re, s_im = restart(s_re, s_im, resets, 0)
+        return s_re, s_im
+    else:
+        s_re, s_im = re[0], im[0]
+        for step in tl.static_range(1, COUNT):
+            if HAS_RESETS:
+                s_re, s_im = restart(s_re, s_im, resets, step)
+            s_re, s_im = advance(s_re, s_im, a_re, a_im, re[step], im[step])
+        return s_re, s_im
 
 
 @triton.jit
@@ -106,22 +139,31 @@ def _add_both(x_re, x_im, y_re, y_im):
 
 
 @triton.jit
-def _enter_lanes(end_re, end_im, a_re, a_im, carry_re, carry_im, PIECES: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The states before each lane, and after the last of each piece, from what the lanes add; a: decay over a lane."""
+def _enter_lanes(
+    end_re, end_im, a_re, a_im, carry_re, carry_im,
+    PIECES: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The states before each lane, and after the last of each piece, from what the lanes add.
+
+    a: decay over a lane, (1, MODES) or (LANES, MODES).
+    """
     modes: tl.constexpr = end_re.shape[1]
     shape: tl.constexpr = (PIECES, SEGMENTS, modes)
+    a_shape: tl.constexpr = (1, 1, modes) if a_re.shape[0] == 1 else shape
     place = tl.arange(0, SEGMENTS)[None, :, None]
     carry_re, carry_im = tl.reshape(carry_re, (PIECES, 1, modes)), tl.reshape(carry_im, (PIECES, 1, modes))
-    f_re, f_im = tl.broadcast_to(a_re[None, :, :], shape), tl.broadcast_to(a_im[None, :, :], shape)
+    f_re, f_im = tl.broadcast_to(tl.reshape(a_re, a_shape), shape), tl.broadcast_to(tl.reshape(a_im, a_shape), shape)
     v_re, v_im = tl.reshape(end_re, shape), tl.reshape(end_im, shape)
-    v_re += tl.where(place == 0, f_re * carry_re - f_im * carry_im, 0.0)
-    v_im += tl.where(place == 0, f_re * carry_im + f_im * carry_re, 0.0)
-    e_re, e_im = tl.where(place == 0, carry_re, 0.0), tl.where(place == 0, carry_im, 0.0)
+    is_first, is_last = place == 0, place == SEGMENTS - 1
+    if REVERSE:
+        is_first, is_last = is_last, is_first
+    v_re += tl.where(is_first, f_re * carry_re - f_im * carry_im, 0.0)
+    v_im += tl.where(is_first, f_re * carry_im + f_im * carry_re, 0.0)
+    e_re, e_im = tl.where(is_first, carry_re, 0.0), tl.where(is_first, carry_im, 0.0)
     one, none = tl.full(shape, 1.0, tl.float32), tl.zeros(shape, tl.float32)
     _, _, _, _, v_re, v_im, e_re, e_im = tl.associative_scan(
-        (f_re, f_im, one, none, v_re, v_im, e_re, e_im), 1, _follow
+        (f_re, f_im, one, none, v_re, v_im, e_re, e_im), 1, _follow, reverse=REVERSE
     )
-    is_last = place == SEGMENTS - 1
     carry_re, carry_im = tl.reduce((tl.where(is_last, v_re, 0.0), tl.where(is_last, v_im, 0.0)), 1, _add_both)
     return (
         tl.reshape(e_re, (PIECES * SEGMENTS, modes)),
@@ -135,24 +177,28 @@ def _enter_lanes(end_re, end_im, a_re, a_im, carry_re, carry_im, PIECES: tl.cons
 def pass_states(
     v_re, v_im, a_re, a_im, carry_re, carry_im, zero_re, zero_im,
     STEPS: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr,
+    resets=0, HAS_RESETS: tl.constexpr = False, REVERSE: tl.constexpr = False,
 ):  # fmt: skip
     """States before every chunk of a tile from the chunks' own contributions.
 
     Args: v (LANES, STEPS, MODES); a, the decay over a chunk, (1, MODES); carry (PIECES, MODES), the state before; zero
     (LANES, MODES), zeros that a load has made: their layout, which the compiler does not change, keeps it from changing
-    that of every step instead.
+    that of every step instead; resets (LANES, 1), whose bit i says that nothing enters a lane's step i from before.
+    With REVERSE all goes backward in time: the carry is the state after, and states are those after every chunk.
     Returns: the states (LANES, STEPS, MODES) and the carry after the tile, each as re, im.
     """
     re, im = _unfold(v_re, STEPS), _unfold(v_im, STEPS)
     if SEGMENTS == 1:
-        return _walk(re, im, a_re, a_im, carry_re, carry_im, STEPS)
+        return _walk(re, im, a_re, a_im, carry_re, carry_im, resets, STEPS, HAS_RESETS, REVERSE)
     else:
-        end_re, end_im = re[0], im[0]
-        for step in tl.static_range(1, STEPS):
-            end_re, end_im = advance(end_re, end_im, a_re, a_im, re[step], im[step])
+        end_re, end_im = _end_of_lanes(re, im, a_re, a_im, resets, STEPS, HAS_RESETS, REVERSE)
         lane_re, lane_im = power(a_re, a_im, STEPS)
+        if HAS_RESETS:
+            is_cut = (resets & ((1 << STEPS) - 1)) != 0
+            lane_re, lane_im = tl.where(is_cut, 0.0, lane_re), tl.where(is_cut, 0.0, lane_im)
         start_re, start_im, carry_re, carry_im = _enter_lanes(
-            end_re, end_im, lane_re, lane_im, carry_re, carry_im, PIECES, SEGMENTS
+            end_re, end_im, lane_re, lane_im, carry_re, carry_im, PIECES, SEGMENTS, REVERSE
         )
-        states_re, states_im, _, _ = _walk(re, im, a_re, a_im, start_re + zero_re, start_im + zero_im, STEPS)
+        start_re, start_im = start_re + zero_re, start_im + zero_im
+        states_re, states_im, _, _ = _walk(re, im, a_re, a_im, start_re, start_im, resets, STEPS, HAS_RESETS, REVERSE)
         return states_re, states_im, carry_re, carry_im

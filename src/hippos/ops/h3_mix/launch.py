@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
-from hippos.ops.h3_mix.layout import MixGradients
-from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix, place_shift
+from hippos.ops.h3_mix.launch_rows import h3_mix_rows_bwd, h3_mix_rows_fwd
+from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes, takes_rows
+from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix, place_shift, shift_planes, window_len
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
 from hippos.ops.h3_mix.state import first_samples
 from hippos.ops.ssm_conv.chunked import Inputs
@@ -33,30 +32,6 @@ from hippos.ops.ssm_conv.schedule import (
 )
 
 
-class MixInputs(NamedTuple):
-    """The tensors of `h3_mix`.
-
-    Signals have a last stride of 1; all but the signals and the past keys are float32 and contiguous. A bias (3, D) is
-    yet to be added to q, k and v: `schedule.folds_bias` says when the kernels can do that.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    shift_filter: Tensor
-    shift_d: Tensor
-    log_a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    past: Tensor | None
-    initial_state: Tensor | None
-    bias: Tensor | None = None
-
-
-# The gradients of all but the bias, in the same order; those of absent tensors are empty.
-
-
 def h3_mix_fwd(
     inputs: MixInputs,
     cu_seqlens: Tensor | None = None,
@@ -66,12 +41,12 @@ def h3_mix_fwd(
     schedule: Schedule | None = None,
     writes_back: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel, or, for packed documents, that of the shift SSM and those of `ssm_conv`.
+    """Run the forward kernel, or, for packed documents with states, that of the shift SSM and those of `ssm_conv`.
 
     Args:
         inputs: The tensors.
         cu_seqlens: Offsets of packed documents, contiguous, unchecked, or None.
-        wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor).
+        wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor); see `takes_rows`.
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
         writes_back: Overwrite q and v by their sums with the bias, as the backward pass needs them.
@@ -79,6 +54,8 @@ def h3_mix_fwd(
     Returns:
         y, laid out in memory like ``q``; the state, shape (B or n_docs, D, M, 2); the saved states.
     """
+    if takes_rows(cu_seqlens, inputs.past, inputs.initial_state):
+        return h3_mix_rows_fwd(inputs, cu_seqlens, wants_state=wants_state, saves_states=saves_states)
     if cu_seqlens is not None:
         key = _shift_keys(inputs, torch.empty_like(inputs.q, dtype=key_dtype(inputs.k)), cu_seqlens)
         diag = Inputs(inputs.v, *inputs[5:9], key, inputs.q, inputs.initial_state)
@@ -99,11 +76,11 @@ def h3_mix_fwd(
     shape = saved_shape(q, n_modes, None)
     saved = torch.empty(shape if saves_states else (0,), dtype=saved_dtype(q.dtype), device=device)
     if batch == 0:
-        return y, _drop_padding(state, n_modes), saved
+        return y, drop_padding(state, n_modes), saved
     save_span = 0
     if saves_states:
         save_span = place(pieces, backward_schedule(q.dtype, n_modes, device), has_segments=False).span
-    initial = None if initial_state is None else _pad_modes(initial_state, modes)
+    initial = None if initial_state is None else pad_modes(initial_state, modes)
     past = past if n_taps > 1 else None
     if pieces.is_cut:
         # The states between pieces need the shifted keys first; they lie where the output will.
@@ -130,7 +107,7 @@ def h3_mix_fwd(
         IS_FULL=is_full(pieces, at, seqlen), IS_WIDE=is_wide(at, seqlen, *(x.stride(0) for x in (q, k, v, y))),
         num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
     )  # fmt: skip
-    return y, _drop_padding(state, n_modes), saved
+    return y, drop_padding(state, n_modes), saved
 
 
 def h3_mix_bwd(
@@ -160,6 +137,8 @@ def h3_mix_bwd(
         The gradients; those of signals laid out like ``dout``.
     """
     q, _, v, _, _, log_a, b, c, d, past, initial_state, _ = inputs
+    if takes_rows(cu_seqlens, past, initial_state):
+        return h3_mix_rows_bwd(inputs, cu_seqlens, dout, dstate, saved, joint=joint)
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
     key = _shift_keys(inputs, dk, cu_seqlens)
     diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
@@ -257,25 +236,6 @@ def _table_of(k: Tensor, cu_seqlens: Tensor | None, pieces: Pieces) -> tuple[Ten
     return (k, k) if cu_seqlens is None else (place_documents(cu_seqlens, k.shape[-1], pieces), cu_seqlens)
 
 
-def window_len(chunk: int, n_taps: int) -> int:
-    """Samples that a chunk's shifted keys depend on, as a power of two."""
-    return next_power_of_two(chunk + n_taps - 1)
-
-
-def shift_planes(dtype: torch.dtype) -> int:
-    """Parts of the shift operator; one bfloat16 part makes half as large an error as rounding the output does."""
-    return 2 if dtype == torch.float16 else 1
-
-
 def key_dtype(k: Tensor) -> torch.dtype:
     """Dtype of shifted keys that go through memory on the way to the output: rounding them twice is too much."""
     return torch.float32 if k.dtype == torch.float16 else k.dtype
-
-
-def _pad_modes(state: Tensor, modes: int) -> Tensor:
-    missing = modes - state.shape[-2]
-    return torch.nn.functional.pad(state, (0, 0, 0, missing)).contiguous() if missing else state.contiguous()
-
-
-def _drop_padding(state: Tensor, n_modes: int) -> Tensor:
-    return state if state.dim() < 2 or state.shape[-2] == n_modes else state[..., :n_modes, :].contiguous()

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_heads import h3_heads_kernel, h3_heads_parameters_kernel
 from hippos.ops.h3_mix.launch import (
-    MixInputs,
-    _drop_padding,
-    _pad_modes,
     _past_gradient,
     _shift_keys,
     _shift_keys_bwd,
     key_dtype,
 )
-from hippos.ops.h3_mix.layout import MixGradients
+from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes
 from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel
 from hippos.ops.ssm_conv.launch_operators import ChunkOperators, make_chunk_operators
 from hippos.ops.ssm_conv.schedule import (
@@ -132,9 +129,9 @@ def h3_heads_fwd(
     y = torch.empty_like(inputs.q)
     final = _states(inputs, passes) if wants_state else None
     key = _shift_keys(inputs, torch.empty_like(inputs.k, dtype=key_dtype(inputs.k)), cu_seqlens)
-    initial = None if inputs.initial_state is None else _pad_modes(inputs.initial_state, passes.modes)
+    initial = None if inputs.initial_state is None else pad_modes(inputs.initial_state, passes.modes)
     passes.convolve(key, inputs.q, inputs.v, y, sums_over_keys=True, initial=initial, final=final)
-    state = torch.empty(0, device=y.device) if final is None else _drop_padding(final, inputs.log_a.shape[1])
+    state = torch.empty(0, device=y.device) if final is None else drop_padding(final, inputs.log_a.shape[1])
     return y, state
 
 
@@ -155,11 +152,11 @@ def h3_heads_bwd(
     """
     q, k, v, _, _, log_a, _, _, _, past, initial_state, _ = inputs
     passes = _passes(inputs, cu_seqlens, head_dim)
-    dstate = None if dstate is None else _pad_modes(dstate, passes.modes)
+    dstate = None if dstate is None else pad_modes(dstate, passes.modes)
     key = _shift_keys(inputs, torch.empty_like(dout, dtype=k.dtype), cu_seqlens)
     dq, dkey, dv = (torch.empty_like(dout, dtype=x.dtype) for x in (q, k, v))
     span = SPAN_CHUNKS * passes.schedule.chunk * max(1, next_power_of_two(head_dim) // 8)
-    initial = None if initial_state is None else _pad_modes(initial_state, passes.modes)
+    initial = None if initial_state is None else pad_modes(initial_state, passes.modes)
     dinitial = None if initial is None else torch.empty_like(initial)
     saved = _saved_states(inputs, passes, span)
     passes.convolve(v, dout, key, dq, sums_over_keys=False, initial=initial, saved=saved, span=span)
@@ -170,7 +167,7 @@ def h3_heads_bwd(
     dpast = torch.empty(0, device=q.device)
     if past is not None:
         dpast, dfilter, dskip = _past_gradient(inputs, dkey, dfilter, dskip, cu_seqlens)
-    dinitial = torch.empty(0, device=q.device) if dinitial is None else _drop_padding(dinitial, log_a.shape[1])
+    dinitial = torch.empty(0, device=q.device) if dinitial is None else drop_padding(dinitial, log_a.shape[1])
     return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
 
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hippos.errors import UnsupportedError
+
+
+class MixInputs(NamedTuple):
+    """The tensors of `h3_mix`.
+
+    Signals have a last stride of 1; all but the signals and the past keys are float32 and contiguous. A bias (3, D) is
+    yet to be added to q, k and v: `schedule.folds_bias` says when the kernels can do that.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    shift_filter: Tensor
+    shift_d: Tensor
+    log_a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    past: Tensor | None
+    initial_state: Tensor | None
+    bias: Tensor | None = None
+
 
 # Of q, k, v, shift_filter, shift_d, log_a, b, c, d, past and initial_state: the tensors of every kernel operator here.
 MixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -44,3 +67,23 @@ def without_gaps(dout: Tensor) -> Tensor:
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     """Raise what every backward operator's own backward pass raises."""
     raise UnsupportedError("h3_mix has no second derivative with impl='triton'; impl='reference' has")
+
+
+def pad_modes(state: Tensor, modes: int) -> Tensor:
+    """A state (..., M, 2) with zeros for modes that only the kernels have, contiguous."""
+    missing = modes - state.shape[-2]
+    return F.pad(state, (0, 0, 0, missing)).contiguous() if missing else state.contiguous()
+
+
+def drop_padding(state: Tensor, n_modes: int) -> Tensor:
+    """Undo `pad_modes`, of a state that may be empty."""
+    return state if state.dim() < 2 or state.shape[-2] == n_modes else state[..., :n_modes, :].contiguous()
+
+
+def takes_rows(cu_seqlens: Tensor | None, past: Tensor | None, initial_state: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the kernels of one-channel heads read packed documents as rows (ssm_conv/kernels_rows.py).
+
+    They do where documents start from no state: a state would have to enter in the middle of a chunk. The state that
+    comes out of them is then that before the chunk, of the sequence, in which each document ends.
+    """
+    return cu_seqlens is not None and past is None and initial_state is None

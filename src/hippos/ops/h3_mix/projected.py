@@ -16,7 +16,7 @@ from torch import Tensor
 from hippos.ops.direct import Direct
 from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, is_common, saved_states, why_not_triton
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
-from hippos.ops.h3_mix.layout import laid_out, refuse_second_derivative
+from hippos.ops.h3_mix.layout import MixInputs, laid_out, refuse_second_derivative
 from hippos.ops.h3_mix.schedule import folds_bias
 from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, row_sums, stack_projections
 from hippos.ops.kernel_device import is_interpreted
@@ -111,7 +111,7 @@ def h3_projected_op(
         for index in (0, 2) if bias is not None else ():
             product[index] = qkv[index]
     else:
-        from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
+        from hippos.ops.h3_mix.launch import h3_mix_fwd
 
         tensors = MixInputs(*laid_out((q, k, v, *layer, None, None)))._replace(bias=bias)
         writes_back = saves and bias is not None
@@ -211,7 +211,7 @@ def h3_projected_backward_op(
         found = backward_without_kernels(q, k, v, *layer, None, None, cu_seqlens, dout, None)
         torch.stack(found[:3], out=joint)
     else:
-        from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
+        from hippos.ops.h3_mix.launch import h3_mix_bwd
 
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, None, None)))._replace(bias=bias)
         found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint)

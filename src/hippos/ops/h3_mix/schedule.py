@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,7 @@ from hippos.ops.ssm_conv.schedule import (
     Pieces,
     Schedule,
     backward_schedule,
+    count_row_tiles,
     document_pieces,
     forward_pieces,
     forward_schedule,
@@ -86,3 +88,26 @@ def place_shift(
     n_tiles = at.n_groups * at.n_tiles
     n_items = groups_per_program(d_model, n_tiles, schedule.programs)
     return schedule, pieces, at, n_items, -(-n_tiles // n_items)
+
+
+def row_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
+    """The forward kernel's sizes for rows of packed documents: both passes have chunks and tiles of one size."""
+    backward = backward_schedule(dtype, n_modes, device)
+    return replace(forward_schedule(dtype, n_modes, device), chunk=backward.chunk, rows=backward.rows)
+
+
+def row_saved_shape(q: torch.Tensor, n_modes: int, n_docs: int) -> tuple[int, int, int, int, int]:
+    """Shape of the states, float32, that the forward pass of packed documents saves for the backward pass."""
+    schedule = row_schedule(q.dtype, n_modes, q.device)
+    n_tiles = count_row_tiles(n_docs, q.shape[-1], schedule)
+    return 1, q.shape[1], n_tiles, schedule.padded_modes(n_modes), 2
+
+
+def window_len(chunk: int, n_taps: int) -> int:
+    """Samples that a chunk's shifted keys depend on, as a power of two."""
+    return next_power_of_two(chunk + n_taps - 1)
+
+
+def shift_planes(dtype: torch.dtype) -> int:
+    """Parts of the shift operator; one bfloat16 part makes half as large an error as rounding the output does."""
+    return 2 if dtype == torch.float16 else 1

@@ -17,21 +17,35 @@ SIGNALS = ("u", "in_gate", "out_gate")
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def forward_without_kernels(inputs: Inputs, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
-    """y, and the states after the last whole chunks of the kernels, or an empty tensor."""
+def forward_without_kernels(
+    inputs: Inputs, cu_seqlens: Tensor | None, return_state: bool, row_chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """y, and the states after the last whole chunks of the kernels, or an empty tensor.
+
+    With ``row_chunk``, documents' states are those before the chunks, of so many samples of the sequence, in which they
+    end.
+    """
     if cu_seqlens is None:
-        return _forward(inputs, return_state)
-    outputs = [_forward(part, return_state) for part in _documents(inputs, cu_seqlens)]
+        return _forward(inputs, return_state, _whole_samples(inputs))
+    bounds = cu_seqlens.tolist()
+    outputs = [
+        _forward(part, return_state, _whole_samples(part) if row_chunk is None else _before_last_row(*span, row_chunk))
+        for part, span in zip(_documents(inputs, cu_seqlens), pairwise(bounds), strict=True)
+    ]
     ys, states = zip(*outputs, strict=True)
     return torch.cat(ys, dim=-1), torch.cat(states)
 
 
-def _forward(inputs: Inputs, return_state: bool) -> tuple[Tensor, Tensor]:
+def _before_last_row(begin: int, end: int, chunk: int) -> int:
+    """Samples of a document before the chunk that it ends in."""
+    return max(0, (end - 1) // chunk * chunk - begin)
+
+
+def _forward(inputs: Inputs, return_state: bool, whole: int) -> tuple[Tensor, Tensor]:
     u, log_a = inputs.u, inputs.log_a
     y = _run(inputs, False)[0] if u.shape[-1] else torch.empty_like(u)
     if not return_state:
         return y, none(u)
-    whole = _whole_samples(inputs)
     if whole > 0:
         return y, _run(_cut(inputs, whole), True)[1]
     if inputs.initial_state is not None:
@@ -40,17 +54,19 @@ def _forward(inputs: Inputs, return_state: bool) -> tuple[Tensor, Tensor]:
 
 
 def backward_without_kernels(
-    inputs: Inputs, cu_seqlens: Tensor | None, dout: Tensor, dstate: Tensor | None
+    inputs: Inputs, cu_seqlens: Tensor | None, dout: Tensor, dstate: Tensor | None, row_chunk: int | None = None
 ) -> Gradients:
-    """Gradients of the eight input tensors; those of absent ones are empty."""
+    """Gradients of the eight input tensors; those of absent ones are empty. ``row_chunk`` as in the forward pass."""
     if cu_seqlens is None:
-        gradients = _backward(inputs, dout, dstate)
+        gradients = _backward(inputs, dout, dstate, _whole_samples(inputs))
     else:
         parts = []
         bounds = cu_seqlens.tolist()
         for doc, part in enumerate(_documents(inputs, cu_seqlens)):
             left, right = bounds[doc], bounds[doc + 1]
-            parts.append(Inputs(*_backward(part, dout[..., left:right], _row(dstate, doc))))  # type: ignore[arg-type]
+            whole = _whole_samples(part) if row_chunk is None else _before_last_row(left, right, row_chunk)
+            found = _backward(part, dout[..., left:right], _row(dstate, doc), whole)
+            parts.append(Inputs(*found))  # type: ignore[arg-type]
         gradients = [_join(name, [getattr(part, name) for part in parts]) for name in Inputs._fields]
     return tuple(none(dout) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
@@ -77,12 +93,11 @@ def _documents(inputs: Inputs, cu_seqlens: Tensor) -> list[Inputs]:
     ]
 
 
-def _backward(inputs: Inputs, dout: Tensor, dstate: Tensor | None) -> list[Tensor | None]:
+def _backward(inputs: Inputs, dout: Tensor, dstate: Tensor | None, whole: int) -> list[Tensor | None]:
     if inputs.u.shape[-1] == 0:
         gradients = [None if x is None else torch.zeros_like(x) for x in inputs]
         return gradients if dstate is None or inputs.initial_state is None else [*gradients[:-1], dstate]
     gradients = list(_adjoint(inputs, dout, None))
-    whole = _whole_samples(inputs)
     if dstate is not None and whole > 0:
         cut = _cut(inputs, whole)
         rest = inputs.u.shape[-1] - whole

@@ -34,7 +34,7 @@ from hippos.ops.ssm_conv.kernels_scan import pass_states
 
 
 @triton.jit
-def _unscaled(product, first_exponent, second_exponent, IS_SCALED: tl.constexpr):
+def unscaled(product, first_exponent, second_exponent, IS_SCALED: tl.constexpr):
     """A product of two scaled operands in its own units; two steps, since the exponents' sum may leave float32."""
     if IS_SCALED:
         return product * two_to(-first_exponent) * two_to(-second_exponent)
@@ -43,7 +43,7 @@ def _unscaled(product, first_exponent, second_exponent, IS_SCALED: tl.constexpr)
 
 
 @triton.jit
-def _product(x, operator, operator_rest, PLANES: tl.constexpr, PRECISION: tl.constexpr):
+def times_operator(x, operator, operator_rest, PLANES: tl.constexpr, PRECISION: tl.constexpr):
     """X @ operator, which may come in two parts."""
     product = tl.dot(x, operator, input_precision=PRECISION)
     if PLANES == 2:
@@ -52,22 +52,22 @@ def _product(x, operator, operator_rest, PLANES: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _convolve(
+def convolve(
     x, toeplitz, toeplitz_rest, state, outof, outof_rest, x_exponent, tap_exponent, state_exponent, outof_exponent,
     IS_SCALED: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X @ toeplitz + state @ outof, unscaled, in one accumulator."""
-    acc = _product(x, toeplitz, toeplitz_rest, PLANES, PRECISION)
+    acc = times_operator(x, toeplitz, toeplitz_rest, PLANES, PRECISION)
     if IS_SCALED:
         acc *= two_to(tl.maximum(state_exponent + outof_exponent - x_exponent - tap_exponent, -120))
     acc = tl.dot(state, outof, acc, input_precision=PRECISION)
     if PLANES == 2:
         acc = tl.dot(state, outof_rest, acc, input_precision=PRECISION)
-    return _unscaled(acc, state_exponent, outof_exponent, IS_SCALED)
+    return unscaled(acc, state_exponent, outof_exponent, IS_SCALED)
 
 
 @triton.jit
-def _running_operand(values, exponent, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
+def running_operand(values, exponent, dtype: tl.constexpr, IS_SCALED: tl.constexpr):
     """The tile as it enters a product, and its scale: at most that of the tiles before, so that products add up."""
     if IS_SCALED:
         exponent = tl.minimum(exponent, exponent_to_half(peak_of(values)))
@@ -75,7 +75,7 @@ def _running_operand(values, exponent, dtype: tl.constexpr, IS_SCALED: tl.conste
 
 
 @triton.jit
-def _add_product(acc, acc_exponent, left, right, exponent, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(acc, acc_exponent, left, right, exponent, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr):
     """Add left @ right, in units of 2**-exponent, to acc, in units of 2**-acc_exponent."""
     if IS_SCALED:
         acc *= two_to(tl.maximum(exponent - acc_exponent, -120))
@@ -153,8 +153,8 @@ def ssm_conv_bwd_kernel(
         x *= load_rows(in_gate_ptr, sequence, delta, in_stride_b, start, mask, CHUNK, IS_WIDE)
     if HAS_OUT:
         dy *= load_rows(out_gate_ptr, sequence, delta, out_stride_b, start, mask, CHUNK, IS_WIDE)
-    x, x_exponent = _running_operand(x, 100, into.dtype, IS_SCALED)
-    dy, dy_exponent = _running_operand(dy, 100, into.dtype, IS_SCALED)
+    x, x_exponent = running_operand(x, 100, into.dtype, IS_SCALED)
+    dy, dy_exponent = running_operand(dy, 100, into.dtype, IS_SCALED)
     state_exponent, dstate_exponent = 100, 100
     for item in tl.range(0, n_items, num_stages=1):
         tile = n_tiles - 1 - item % n_tiles
@@ -163,7 +163,7 @@ def ssm_conv_bwd_kernel(
         is_piece = (piece < n_total)[:, None] & (pairs >= 0)[None, :]
 
         # Forward in time: the samples' states.
-        v = _unscaled(_product(x, into, into_rest, PLANES, PRECISION), x_exponent, into_exponent, IS_SCALED)
+        v = unscaled(times_operator(x, into, into_rest, PLANES, PRECISION), x_exponent, into_exponent, IS_SCALED)
         v_re, v_im = tl.split(tl.reshape(v, (PIECES, STEPS, MODES, 2)))
         saved_at = saved_place(piece, tile * SPAN, n_pieces, piece_len, n_saved, n_heads, channel, SPAN, HAS_TABLE)
         is_saved = is_piece & (saved_at >= 0)[:, None]
@@ -178,7 +178,7 @@ def ssm_conv_bwd_kernel(
             state_exponent = tl.minimum(state_exponent, x_exponent + tap_exponent - outof_exponent + 16)
         state = to_operand(state, state_exponent, into.dtype, IS_SCALED)
         # Backward in time: the states' gradients.
-        w = _unscaled(_product(dy, outof, outof_rest, PLANES, PRECISION), dy_exponent, outof_exponent, IS_SCALED)
+        w = unscaled(times_operator(dy, outof, outof_rest, PLANES, PRECISION), dy_exponent, outof_exponent, IS_SCALED)
         is_last = tile == n_tiles - 1
         carry_re, carry_im = tl.where(is_last, 0.0, carry_re), tl.where(is_last, 0.0, carry_im)
         # Read without need, too: as this load has the layout of that of the saved states, both scans have one layout,
@@ -232,13 +232,13 @@ def ssm_conv_bwd_kernel(
         at = row_places(delta, dout_stride_b, start, CHUNK, IS_WIDE)
         # The output, for the gradient of its gate, and the gradients of the samples.
         if HAS_OUT:
-            y = _convolve(
+            y = convolve(
                 x, toeplitz, toeplitz_rest, state, tl.trans(outof), tl.trans(outof_rest),
                 x_exponent, tap_exponent, state_exponent, outof_exponent, IS_SCALED, PLANES, PRECISION,
             )  # fmt: skip
             y *= load_rows(dout_ptr, sequence, delta, dout_stride_b, start, mask, CHUNK, IS_WIDE, True)
             tl.store((dout_gate_ptr + base) + at, y.to(dout_gate_ptr.dtype.element_ty), mask=mask)
-        dx = _convolve(
+        dx = convolve(
             dy, tl.trans(toeplitz), tl.trans(toeplitz_rest), dstate, tl.trans(into), tl.trans(into_rest),
             dy_exponent, tap_exponent, dstate_exponent, into_exponent, IS_SCALED, PLANES, PRECISION,
         )  # fmt: skip
@@ -251,11 +251,11 @@ def ssm_conv_bwd_kernel(
         # The channel's operators.
         samples, dsamples = tl.trans(x), tl.trans(dy)
         exponent = x_exponent + dy_exponent
-        dtoeplitz = _add_product(dtoeplitz, dtoeplitz_exponent, samples, dy, exponent, IS_SCALED, PRECISION)
+        dtoeplitz = add_product(dtoeplitz, dtoeplitz_exponent, samples, dy, exponent, IS_SCALED, PRECISION)
         dtoeplitz_exponent, exponent = exponent, x_exponent + dstate_exponent
-        dinto = _add_product(dinto, dinto_exponent, samples, dstate, exponent, IS_SCALED, PRECISION)
+        dinto = add_product(dinto, dinto_exponent, samples, dstate, exponent, IS_SCALED, PRECISION)
         dinto_exponent, exponent = exponent, dy_exponent + state_exponent
-        doutof = _add_product(doutof, doutof_exponent, dsamples, state, exponent, IS_SCALED, PRECISION)
+        doutof = add_product(doutof, doutof_exponent, dsamples, state, exponent, IS_SCALED, PRECISION)
         doutof_exponent = exponent
 
         next_item = tl.minimum(item + 1, n_items - 1) if IS_FULL else item + 1
@@ -273,12 +273,12 @@ def ssm_conv_bwd_kernel(
             next_dy *= load_rows(
                 out_gate_ptr, next_sequence, next_delta, out_stride_b, next_start, next_mask, CHUNK, IS_WIDE
             )
-        x, x_exponent = _running_operand(next_x, x_exponent, into.dtype, IS_SCALED)
-        dy, dy_exponent = _running_operand(next_dy, dy_exponent, into.dtype, IS_SCALED)
+        x, x_exponent = running_operand(next_x, x_exponent, into.dtype, IS_SCALED)
+        dy, dy_exponent = running_operand(next_dy, dy_exponent, into.dtype, IS_SCALED)
 
-    dtoeplitz = _unscaled(dtoeplitz, dtoeplitz_exponent // 2, dtoeplitz_exponent - dtoeplitz_exponent // 2, IS_SCALED)
-    dinto = _unscaled(dinto, dinto_exponent // 2, dinto_exponent - dinto_exponent // 2, IS_SCALED)
-    doutof = _unscaled(doutof, doutof_exponent // 2, doutof_exponent - doutof_exponent // 2, IS_SCALED)
+    dtoeplitz = unscaled(dtoeplitz, dtoeplitz_exponent // 2, dtoeplitz_exponent - dtoeplitz_exponent // 2, IS_SCALED)
+    dinto = unscaled(dinto, dinto_exponent // 2, dinto_exponent - dinto_exponent // 2, IS_SCALED)
+    doutof = unscaled(doutof, doutof_exponent // 2, doutof_exponent - doutof_exponent // 2, IS_SCALED)
     tl.store(dtoeplitz_ptr + program * (CHUNK * CHUNK) + cols[:, None] * CHUNK + cols[None, :], dtoeplitz)
     at = program * (2 * CHUNK * MODES) + cols[:, None] * (2 * MODES) + pairs[None, :]
     tl.store(dinto_ptr + at, dinto)

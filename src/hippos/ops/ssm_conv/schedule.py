@@ -168,6 +168,11 @@ def document_pieces(n_docs: int, seqlen: int, dtype: torch.dtype, n_modes: int, 
     return Pieces(total, total, length, has_table=True)
 
 
+def count_row_tiles(n_docs: int, seqlen: int, schedule: Schedule) -> int:
+    """Tiles of ``schedule.rows`` rows that hold all rows of documents, wherever these begin."""
+    return -(-(seqlen // schedule.chunk + n_docs) // schedule.rows)
+
+
 def forward_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Schedule:
     """The forward kernel's sizes for a dtype, a number of modes and a device."""
     planes = 2 if dtype == torch.float16 else 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hippos.ops.h3_mix.launch import MixInputs, _shift_keys, shift_planes, window_len
+from hippos.ops.h3_mix.launch import _shift_keys
+from hippos.ops.h3_mix.layout import MixInputs
+from hippos.ops.h3_mix.schedule import shift_planes, window_len
 from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
 from hippos.ops.ssm_conv.schedule import forward_schedule
 from hippos.ops.ssm_state.kernels import boundary_state_kernel

@@ -1,0 +1,167 @@
+"""Launch the GPU programs of `h3_mix` for packed documents that start from no state, as rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hippos.ops.h3_mix.kernels_backward import shift_filter_bwd_kernel
+from hippos.ops.h3_mix.kernels_rows import h3_mix_rows_fwd_kernel
+from hippos.ops.h3_mix.kernels_rows_backward import h3_mix_rows_bwd_kernel, shift_rows_bwd_kernel, shift_rows_kernel
+from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes
+from hippos.ops.h3_mix.schedule import row_saved_shape, row_schedule, shift_planes, window_len
+from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel
+from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
+from hippos.ops.ssm_conv.launch_rows import DocumentRows, place_rows
+from hippos.ops.ssm_conv.schedule import (
+    FEW_SAMPLES,
+    Schedule,
+    backward_schedule,
+    groups_per_program,
+    next_power_of_two,
+    with_exact_products,
+)
+
+FORWARD_LANES, BACKWARD_LANES = 4, 8
+BACKWARD_WARPS = 8  # for one program a multiprocessor: the sums of four would fill the registers of two
+SHIFT_WARPS = 4
+
+
+def h3_mix_rows_fwd(
+    inputs: MixInputs, cu_seqlens: Tensor, *, wants_state: bool, saves_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward kernel on packed documents.
+
+    Args:
+        inputs: As in `h3_mix_fwd`, without states and biases.
+        cu_seqlens: Offsets of the documents, contiguous, unchecked.
+        wants_state: Return the diagonal state before the chunk in which each document ends (otherwise an empty tensor).
+        saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
+
+    Returns:
+        y, laid out in memory like ``q``; the state, shape (n_docs, D, M, 2); the saved states.
+    """
+    q, k, v, shift_filter, shift_d, log_a, b, c, d, *_ = inputs
+    (_, n_heads, seqlen), device = q.shape, q.device
+    n_modes, n_taps, n_docs = log_a.shape[1], shift_filter.shape[1], cu_seqlens.shape[0] - 1
+    schedule = row_schedule(q.dtype, n_modes, device)
+    chunk, modes = schedule.chunk, schedule.padded_modes(n_modes)
+    operators = make_chunk_operators(log_a, b, c, d, schedule)
+    rows = place_rows(cu_seqlens, seqlen, schedule)
+    y = torch.empty_like(q)
+    state = torch.zeros((n_docs, n_heads, modes, 2) if wants_state else (0,), device=device)
+    shape = row_saved_shape(q, n_modes, n_docs)
+    saved = torch.empty(shape if saves_states else (0,), device=device)
+    h3_mix_rows_fwd_kernel[(n_heads,)](
+        q, k, v, y, shift_filter, shift_d,
+        operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+        *rows, state, saved, q.stride(1), k.stride(1), v.stride(1), y.stride(1), n_heads, seqlen, n_taps, shape[2], 0,
+        CHUNK=chunk, WINDOW=window_len(chunk, n_taps), STEPS=schedule.rows // FORWARD_LANES, LANES=FORWARD_LANES,
+        MODES=modes, SAVES=saves_states, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
+        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision, WANTS_STATE=wants_state,
+        IS_WHOLE=seqlen % chunk == 0, num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
+    )  # fmt: skip
+    return y, drop_padding(state, n_modes), saved
+
+
+def h3_mix_rows_bwd(
+    inputs: MixInputs,
+    cu_seqlens: Tensor,
+    dout: Tensor,
+    dstate: Tensor | None,
+    saved: Tensor,
+    *,
+    joint: Tensor | None = None,
+) -> MixGradients:
+    """Run the backward kernels on packed documents.
+
+    Args:
+        inputs: As in `h3_mix_rows_fwd`.
+        cu_seqlens: As in `h3_mix_rows_fwd`.
+        dout: Gradient of y, shape (1, D, L), last stride 1, without gaps in memory.
+        dstate: Gradient of the state that was returned, or None.
+        saved: States from `h3_mix_rows_fwd`.
+        joint: As in `h3_mix_bwd`.
+
+    Returns:
+        The gradients; those of signals laid out like ``dout``.
+    """
+    q, _, v, _, _, log_a, b, c, d, *_ = inputs
+    (_, n_heads, seqlen), n_modes, device = q.shape, log_a.shape[1], q.device
+    schedule = backward_schedule(q.dtype, n_modes, device)
+    schedule = with_exact_products(schedule) if seqlen < FEW_SAMPLES else schedule
+    chunk, modes = schedule.chunk, schedule.padded_modes(n_modes)
+    operators = make_chunk_operators(log_a, b, c, d, schedule)
+    rows = place_rows(cu_seqlens, seqlen, schedule)
+    dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
+    key, dkey = shift_rows(inputs, rows, schedule, dk), torch.empty_like(dout, dtype=dk.dtype)
+    dstate = None if dstate is None else pad_modes(dstate, modes)
+    shapes = ((chunk, chunk), (chunk, modes, 2), (chunk, modes, 2), (modes, 2))
+    partial = [torch.empty(n_heads, *shape, device=device) for shape in shapes]
+    h3_mix_rows_bwd_kernel[(n_heads,)](
+        q, key, v, dout, dq, dkey, dv,
+        operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+        *rows, saved, saved if dstate is None else dstate, *partial,
+        q.stride(1), key.stride(1), v.stride(1), dout.stride(1), n_heads, seqlen, saved.shape[2], 0,
+        CHUNK=chunk, STEPS=schedule.rows // BACKWARD_LANES, LANES=BACKWARD_LANES, MODES=modes, PLANES=schedule.planes,
+        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision, HAS_DSTATE=dstate is not None,
+        IS_WHOLE=seqlen % chunk == 0, num_warps=BACKWARD_WARPS,
+    )  # fmt: skip
+    dlog_a, db, dc, dd = (torch.empty_like(x) for x in (log_a, b, c, d))
+    chunk_operators_bwd_kernel[(n_heads,)](
+        log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, 1, CHUNK=chunk, MODES=modes, HAS_D=True, num_warps=8
+    )
+    dk, dfilter, dskip = shift_rows_bwd(inputs, rows, schedule, dkey, key)  # in the place of the shifted keys
+    none = torch.empty(0, device=device)
+    return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, none, none.clone()
+
+
+def shift_rows(inputs: MixInputs, rows: DocumentRows, schedule: Schedule, key: Tensor) -> Tensor:
+    """Write the shifted keys of packed documents into ``key``, shape of the keys.
+
+    Args:
+        inputs: The tensors.
+        rows: Rows of the documents,
+        schedule: made with these sizes.
+        key: The memory.
+
+    Returns:
+        ``key``.
+    """
+    (_, d_model, seqlen), n_taps, chunk = inputs.k.shape, inputs.shift_filter.shape[1], schedule.chunk
+    n_tiles, n_items, parts = _share_tiles(rows, d_model, schedule)
+    shift_rows_kernel[(d_model * parts,)](
+        inputs.k, key, inputs.shift_filter, inputs.shift_d, rows.places, inputs.k.stride(1), key.stride(1),
+        seqlen, n_taps, n_tiles, n_items,
+        CHUNK=chunk, WINDOW=window_len(chunk, n_taps), ROWS=schedule.rows, PLANES=shift_planes(inputs.k.dtype),
+        PRECISION=schedule.precision, IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS,
+    )  # fmt: skip
+    return key
+
+
+def shift_rows_bwd(
+    inputs: MixInputs, rows: DocumentRows, schedule: Schedule, dkey: Tensor, dk: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; arguments as above."""
+    (_, d_model, seqlen), n_taps, chunk = inputs.k.shape, inputs.shift_filter.shape[1], schedule.chunk
+    n_tiles, n_items, parts = _share_tiles(rows, d_model, schedule)
+    window = window_len(chunk, n_taps)
+    dshift = torch.empty(d_model * parts, chunk, window, device=dkey.device)
+    dfilter, dskip = torch.empty_like(inputs.shift_filter), torch.empty_like(inputs.shift_d)
+    shift_rows_bwd_kernel[(d_model * parts,)](
+        inputs.k, dkey, dk, inputs.shift_filter, inputs.shift_d, dshift, rows.places,
+        inputs.k.stride(1), dkey.stride(1), dk.stride(1), seqlen, n_taps, n_tiles, n_items,
+        CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, PRECISION=schedule.precision,
+        IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS,
+    )  # fmt: skip
+    shift_filter_bwd_kernel[(d_model,)](
+        dshift, dfilter, dskip, n_taps, parts, CHUNK=chunk, WINDOW=window, TAPS=next_power_of_two(n_taps), num_warps=8
+    )
+    return dk, dfilter, dskip
+
+
+def _share_tiles(rows: DocumentRows, d_model: int, schedule: Schedule) -> tuple[int, int, int]:
+    """Tiles of all rows, tiles of a program, programs of a channel."""
+    n_tiles = rows.places.shape[0] // schedule.rows
+    n_items = groups_per_program(d_model, n_tiles, schedule.programs)
+    return n_tiles, n_items, -(-n_tiles // n_items)
