@@ -11,7 +11,7 @@ import torch
 from hippos.layers import H3
 from hippos.models import H3Config, H3ForCausalLM, fused_trunk
 from hippos.models.fused_trunk import takes_fused_trunk
-from hippos.train.arguments import recompute_cheap_parts
+from hippos.train.arguments import checkpoint_activations, recompute_cheap_parts
 
 # numpy 2 warns of a conversion in Triton's own code.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -64,6 +64,25 @@ def test_same_loss_and_gradients_in_the_interpreter(monkeypatch, is_frugal):
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     for name, gradient in wanted_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@interpreted
+@pytest.mark.parametrize("is_frugal", [False, True])
+def test_checkpointed_blocks_keep_only_what_enters_them(monkeypatch, is_frugal):
+    model, ids = make(), torch.randint(31, (2, 20))
+    if is_frugal:
+        recompute_cheap_parts(model)
+    plain, plain_gradients = run(model, ids)
+    checkpoint_activations(model)
+    norms, calls = [], calls_of(monkeypatch)
+    add_norm = fused_trunk._add_norm
+    monkeypatch.setattr(fused_trunk, "_add_norm", lambda *args: (norms.append(1), add_norm(*args))[1])
+    loss, gradients = run(model, ids)
+    assert calls
+    assert len(norms) == 2 * 6 + 1, "two a block in each pass, and the last"
+    assert torch.equal(loss, plain)
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-6 if is_frugal else 0, atol=1e-9, msg=name)
 
 
 @interpreted
@@ -138,8 +157,8 @@ def test_who_must_be_plain():
     compiled.model.layers[2].compile(backend="eager")
     assert not takes(compiled)
     checkpointed = make()
-    checkpointed.model.layers[0].gradient_checkpointing = True
-    assert not takes(checkpointed)
+    checkpoint_activations(checkpointed)
+    assert takes(checkpointed)
     with torch.no_grad():
         assert not takes(make())
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hippos.layers import H3, MLP
 from hippos.layers.projections import is_plain_linear
@@ -59,10 +60,20 @@ def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: To
     update: Tensor | None = None
     update_bias: Tensor | None = None
     for block in blocks:
-        stream, update, update_bias = run_mixer(block, stream, update, update_bias, layout)
-        stream, update = run_mlp(block, stream, update, update_bias)
+        if _is_checkpointed(block):
+            inputs = (block, stream, update, update_bias, layout)
+            stream, update = checkpoint(_run_block, *inputs, use_reentrant=False)
+        else:
+            stream, update = _run_block(block, stream, update, update_bias, layout)
         update_bias = block.mlp.fc2.bias
     return _add_norm(norm, stream, update, update_bias, stream.dtype).normed
+
+
+def _run_block(
+    block: Any, stream: Tensor, update: Tensor | None, update_bias: Tensor | None, layout: TokenLayout
+) -> tuple[Tensor, Tensor]:
+    stream, update, update_bias = run_mixer(block, stream, update, update_bias, layout)
+    return run_mlp(block, stream, update, update_bias)
 
 
 def run_mixer(
@@ -70,13 +81,13 @@ def run_mixer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bring the stream up to date, and give it with what the block's mixer adds to it and the bias that this lacks."""
     kept = _add_norm(block.norm1, stream, update, update_bias, product_dtype(stream.device, stream.dtype))
-    with _made_again(kept) if block.recomputes_cheap_parts else nullcontext():
+    with _made_again(kept) if _recomputes_cheap_parts(block) else nullcontext():
         return kept.total, *_mix(block.mixer, kept.normed, layout)
 
 
 def run_mlp(block: Any, stream: Tensor, update: Tensor, update_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Bring the stream up to date, and give it with what the block's MLP adds to it, the last bias left out."""
-    recomputes = block.recomputes_cheap_parts
+    recomputes = _recomputes_cheap_parts(block)
     kept = _add_norm(block.norm2, stream, update, update_bias, product_dtype(stream.device, stream.dtype))
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     with _made_again(kept) if recomputes else nullcontext():
@@ -101,6 +112,16 @@ def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | N
     return mix_ssm(mixer, u, layout, None), None
 
 
+def _is_checkpointed(block: Any) -> bool:
+    """Whether all of a block is computed again in the backward pass, as Transformers marks it."""
+    return bool(getattr(block, "gradient_checkpointing", False))
+
+
+def _recomputes_cheap_parts(block: Any) -> bool:
+    """Whether to make them again: where all is, nothing of the block is kept that they would save."""
+    return block.recomputes_cheap_parts and not _is_checkpointed(block)
+
+
 def _made_again(kept: NormKept) -> AbstractContextManager[Any]:
     """Let the backward pass of what runs in this context make the norm's output once more, instead of keeping it."""
     place, size = kept.normed.data_ptr(), kept.normed.numel()
@@ -121,7 +142,6 @@ def _is_plain_block(block: nn.Module) -> bool:
         type(block) is H3Block
         and _is_untouched(block)
         and not (block.training and block.dropout)
-        and not getattr(block, "gradient_checkpointing", False)
         and type(block.mixer) in (H3, CachedSelfAttention)
         and _is_plain_norm(block.norm1)
         and _is_plain_norm(block.norm2)
