@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
-from hippos.ops.h3_mix.layout import laid_out
+from hippos.ops.h3_mix.layout import MixInputs, laid_out
 from hippos.ops.h3_mix.projected import N_PROJECTIONS, _product, takes_projected
 from hippos.ops.h3_mix.stacked import Projections, stack_projections
 from hippos.ops.kernel_device import is_interpreted
@@ -149,7 +149,7 @@ def _mix(
 ) -> tuple[Tensor, Tensor]:
     """y, laid out like q, and the states for the backward pass; q and v get their biases, if these are left to it."""
     if _has_kernels(product):
-        from hippos.ops.h3_mix.launch import MixInputs, h3_mix_fwd
+        from hippos.ops.h3_mix.launch import h3_mix_fwd
 
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, past, initial)))._replace(bias=bias)
         writes_back = saves and bias is not None
@@ -176,7 +176,7 @@ def _mix_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients as `h3_mix_kernel_backward_op` gives them; those of q, k and v in ``joint``."""
     if _has_kernels(product):
-        from hippos.ops.h3_mix.launch import MixInputs, h3_mix_bwd
+        from hippos.ops.h3_mix.launch import h3_mix_bwd
 
         # The state before the part is in the saved ones, and who made it wants no gradient of it.
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, past, None)))._replace(bias=bias)
