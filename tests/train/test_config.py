@@ -39,7 +39,9 @@ from hippos.train.recipes import MIXERS, describe_recipe
             {"batch_size": 6, "micro_batch_size": 4},
             r"micro_batch_size must divide optim\.batch_size 6, got 4",
         ),
-        (OptimConfig, {"learning_rate": 0.0}, r"optim\.learning_rate must be above 0, got 0\.0"),
+        (OptimConfig, {"learning_rate": 0.0}, r"optim\.learning_rate must be above 0 and finite, got 0\.0"),
+        (OptimConfig, {"learning_rate": float("inf")}, r"optim\.learning_rate must be above 0 and finite, got inf"),
+        (OptimConfig, {"weight_decay": float("inf")}, r"optim\.weight_decay must be at least 0 and finite, got inf"),
         (
             OptimConfig,
             {"warmup": 0.5, "decay_end": 0.4},

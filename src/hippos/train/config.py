@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -149,14 +150,14 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.micro_batch_size must divide optim.batch_size {self.batch_size}, got {self.micro_batch_size}"
             )
-        for name in ("learning_rate", "clip_norm"):
-            _check(getattr(self, name) > 0, f"optim.{name}", "above 0", self)
+        _check(0 < self.learning_rate < math.inf, "optim.learning_rate", "above 0 and finite", self)
+        _check(self.clip_norm > 0, "optim.clip_norm", "above 0", self)
         for name in ("warmup", "decay_end", "final"):
             _check(0 <= getattr(self, name) <= 1, f"optim.{name}", "from 0 to 1", self)
         _check(self.decay_end >= self.warmup, "optim.decay_end", f"at least optim.warmup {self.warmup}", self)
         for name in ("beta1", "beta2"):
             _check(0 <= getattr(self, name) < 1, f"optim.{name}", "from 0 to below 1", self)
-        _check(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self)
+        _check(0 <= self.weight_decay < math.inf, "optim.weight_decay", "at least 0 and finite", self)
         _check(self.dtype in get_args(Dtype), "optim.dtype", f"one of {', '.join(get_args(Dtype))}", self)
         _check(self.loss_chunk_tokens >= 0, "optim.loss_chunk_tokens", "at least 0", self)
         _check(0 <= self.seed < 2**32, "optim.seed", "from 0 to 2**32 - 1", self)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hippos.errors import ConfigError
+from hippos.errors import ConfigError, TrainingError
 from hippos.train.arguments import micro_batch_size
 from hippos.train.checkpoints import checkpoint_step, damaged_checkpoints
 from hippos.train.closing import ngram_scores, write_sample
@@ -135,7 +135,13 @@ def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, 
                 "With another micro_batch_size losses go on as they were but for rounding and dropout's draws"
             )
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        for name, damage in damaged_checkpoints(run).items():
+        damaged = damaged_checkpoints(run)
+        if damaged and checkpoint is None:
+            found = ", ".join(f"{name} ({damage})" for name, damage in damaged.items())
+            raise TrainingError(
+                f"{run} has checkpoints, but none to go on from: {found}. Mend it, or to start again move it away"
+            )
+        for name, damage in damaged.items():
             progress.note(f"{name} is passed over, and replaced when the run comes to its step: {damage}")
         progress.note(f"Going on with {run} from step {done} of {config.optim.steps}")
         summary = read_summary(run)
