@@ -31,7 +31,7 @@ from hippos.ops.h3_part import h3_part, takes_part
 from hippos.ops.precision import product_dtype, without_autocast
 from hippos.ops.ssm_state import h3_initial_gradient, h3_state_after, initial_gradient, pass_time, state_after
 
-__all__ = ["ContextPart", "attend_in_context", "mix_in_context", "split_context"]
+__all__ = ["ContextPart", "attend_in_context", "mix_in_context", "mix_part", "split_context"]
 
 StateT = TypeVar("StateT")
 
@@ -267,16 +267,37 @@ class _Neighbours(NamedTuple):
         return torch.zeros_like(dpast) if rank + 1 == self.part.size else gradients[rank + 1]
 
 
-def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
+def mix_part(mixer: H3, u: Tensor, part: ContextPart, *, adds_bias: bool = True) -> Tensor | None:
+    """Run an H3 layer from tokens to tokens in one operator; None where that cannot be.
+
+    Args:
+        mixer: The layer.
+        u: Tokens of this part, shape (B, L, D).
+        part: This process's part.
+        adds_bias: Whether to add the bias of the last projection, or leave it to the caller.
+
+    Returns:
+        Tokens, shape (B, L, D).
+    """
     projections = plain_projections(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj)
-    if projections is not None and mixer.head_dim == 1:
-        u = u.to(product_dtype(u.device, projections.q.dtype))
-        with without_autocast(u.device):
-            diag = mixer.diag.operators()
-            shift = _no_shift(mixer.d_model, diag.skip) if mixer.shift is None else mixer.shift.operators()
-            if takes_part(u, projections.q, shift.filter, diag.log_a):
-                neighbours = _Neighbours(mixer, diag.log_a.detach(), u.shape[1], part)
-                return h3_part(u, projections, *shift, *diag, neighbours)
+    if projections is None or mixer.head_dim > 1:
+        return None
+    projections = projections if adds_bias else projections._replace(out_bias=None)
+    u = u.to(product_dtype(u.device, projections.q.dtype))
+    with without_autocast(u.device):
+        diag = mixer.diag.operators()
+        shift = _no_shift(mixer.d_model, diag.skip) if mixer.shift is None else mixer.shift.operators()
+        if not takes_part(u, projections.q, shift.filter, diag.log_a):
+            return None
+        neighbours = _Neighbours(mixer, diag.log_a.detach(), u.shape[1], part)
+        return h3_part(u, projections, *shift, *diag, neighbours)
+
+
+def _mix_h3(mixer: H3, u: Tensor, part: ContextPart) -> Tensor:
+    tokens = mix_part(mixer, u, part)
+    if tokens is not None:
+        return tokens
+    projections = plain_projections(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj)
     if projections is None:
         q, k, v = mixer._project(u, project_to_channels)
     else:

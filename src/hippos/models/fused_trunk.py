@@ -20,6 +20,7 @@ from hippos.layers import H3, MLP
 from hippos.layers.projections import is_plain_linear
 from hippos.models.attention import CachedSelfAttention
 from hippos.models.block import H3Block, mix_ssm
+from hippos.models.context import mix_part
 from hippos.models.layout import TokenLayout
 from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
 from hippos.ops.gelu_mlp import gelu_mlp
@@ -103,12 +104,14 @@ def _add_norm(
 def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
     if isinstance(mixer, CachedSelfAttention):
         return mixer.mix(u, layout, None)[0], None
-    bounds = layout.cu_seqlens
-    if layout.context is None and (bounds is not None or layout.real is None) and _is_untouched(mixer):
+    bounds, mixed = layout.cu_seqlens, None
+    if layout.context is not None:
+        mixed = mix_part(mixer, u, layout.context, adds_bias=False)
+    elif (bounds is not None or layout.real is None) and _is_untouched(mixer):
         tokens = u if bounds is None else u.reshape(1, -1, u.shape[-1])  # (1, B * L, D)
         mixed = mixer.mix_without_bias(tokens, bounds)
-        if mixed is not None:
-            return mixed.view_as(u), mixer.out_proj.bias
+    if mixed is not None:
+        return mixed.view_as(u), mixer.out_proj.bias
     return mix_ssm(mixer, u, layout, None), None
 
 

@@ -12,19 +12,27 @@ import torch
 from hippos.bench.cases import scaling
 from hippos.bench.cases.scaling import ALONE, STEP, TOGETHER, Measured, ScalingSize, prepare_scaling
 from hippos.bench.distributed import SUITE
-from hippos.bench.harness import Clock, Context
+from hippos.bench.harness import Clock, Context, Plan, Workload
 from hippos.errors import BenchmarkError
 
-CPU = Context(torch.device("cpu"), is_quick=True)
-FOUND = Measured({ALONE: [1.0, 3.0], TOGETHER: [1.5, 2.5]}, {ALONE: 2.0, TOGETHER: 2.001}, {ALONE: 0, TOGETHER: 2**30})
+CPU = Context(torch.device("cpu"), is_quick=True, plan=Plan(warmup=0, rounds=2))
+FOUND = Measured(
+    {ALONE: [1.0, 3.0], TOGETHER: [1.5, 2.5]}, {ALONE: 2.0, TOGETHER: 2.001}, {ALONE: 0, TOGETHER: 2**30}, 2.0
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SUITE.cases, ids=lambda case: case.name)
 def test_two_processes_agree_with_one(case) -> None:
     told: list[str] = []
-    workload = prepare_scaling(case.quick_sizes[0], replace(CPU, tell=told.append), rounds=2)
+    shown: list[Workload] = []
+    workload = prepare_scaling(case.quick_sizes[0], replace(CPU, tell=told.append, show=shown.append))
     assert sum("round 2 of 2" in line for line in told) == 2
+    assert sum("round 3" in line for line in told) == 0
+    assert [*shown[0].methods] == [ALONE]
+    assert shown[0].check() == {}
+    assert not shown[0].goals
+    assert [*workload.methods] == [ALONE, TOGETHER]
     assert workload.check()[TOGETHER] < 5e-3
     clock = Clock(CPU.device)
     samples = {name: method(clock) for name, method in workload.methods.items()}
@@ -40,7 +48,7 @@ def test_samples_are_handed_out(monkeypatch: pytest.MonkeyPatch, index: int, exp
     assert [workload.methods[ALONE](clock)[STEP] for _ in range(3)] == expected
     assert workload.methods[TOGETHER](clock)[STEP] == 1.5
     assert workload.check()[TOGETHER] == pytest.approx(5e-4)
-    assert [(finding.value, finding.unit) for finding in workload.findings({})] == [(1.0, "GiB")]
+    assert [(finding.value, finding.unit) for finding in workload.findings({})] == [(1.0, "GiB"), (2000.0, "ms")]
     (goal,) = workload.goals
     assert (goal.at_least, goal.at_most) == ((1.9, None) if index == 0 else (None, 1.1))
 

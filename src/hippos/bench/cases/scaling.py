@@ -67,23 +67,26 @@ class Measured:
     """What the processes found.
 
     Args:
-        seconds: Seconds a step, of one process and of all together.
+        seconds: Seconds a step, of one process and of all together; the latter may be missing or fewer so far.
         losses: The loss of the same sequences, by one process and by all.
         peak_bytes: The most memory that a process's tensors held.
+        slowest: Seconds a step of the process that is the slowest alone, the median.
     """
 
     seconds: Mapping[str, list[float]]
     losses: Mapping[str, float]
     peak_bytes: Mapping[str, int]
+    slowest: float = 0.0
 
 
-def prepare_scaling(size: ScalingSize, context: Context, *, rounds: int = 8) -> Workload:
+def prepare_scaling(size: ScalingSize, context: Context) -> Workload:
     """Let the processes measure everything; the workload's methods then hand the samples out.
+
+    What one process has measured is shown before all work together, and these rounds as they come.
 
     Args:
         size: What to run.
-        context: Where.
-        rounds: Samples.
+        context: Where, and how many rounds.
 
     Returns:
         The workload.
@@ -96,17 +99,29 @@ def prepare_scaling(size: ScalingSize, context: Context, *, rounds: int = 8) -> 
         raise UnsupportedError(
             f"this case needs {size.n_processes} GPUs, and this machine has {torch.cuda.device_count()}"
         )
-    found = run_processes(size, context.device.type, rounds, context.tell)
+    found = run_processes(
+        size,
+        context.device.type,
+        context.plan.rounds,
+        context.tell,
+        lambda so_far: context.show(_workload(size, so_far)),
+    )
+    return _workload(size, found)
+
+
+def _workload(size: ScalingSize, found: Measured) -> Workload:
+    """What is measured, or was measured so far."""
     # Throughput is compared over the tokens of all processes; a shared sequence grows with their number.
     times = {ALONE: size.n_processes if size.parallel != "context" else 1, TOGETHER: 1}
-    methods = {name: _replay([seconds * times[name] for seconds in found.seconds[name]]) for name in times}
+    measured = {name: seconds for name, seconds in found.seconds.items() if seconds}
+    losses, is_whole = found.losses, len(measured) == len(times)
     return Workload(
-        methods=methods,
-        check=lambda: {TOGETHER: abs(found.losses[TOGETHER] / found.losses[ALONE] - 1)},
+        methods={name: _replay([times[name] * second for second in seconds]) for name, seconds in measured.items()},
+        check=lambda: {TOGETHER: abs(losses[TOGETHER] / losses[ALONE] - 1)} if is_whole else {},
         max_error=2e-2,
         baseline=ALONE,
         work_per_call={STEP: size.tokens * size.n_processes} if size.parallel != "context" else {},
-        goals=(_goal(size),),
+        goals=(_goal(size),) if is_whole else (),
         findings=lambda samples: _findings(size, found, samples),
         notes={
             "settings": "bfloat16 products, float32 weights, fused AdamW, no dropout, random tokens and weights",
@@ -125,12 +140,17 @@ def _what_times_mean(size: ScalingSize) -> str:
 
 
 def run_processes(
-    size: ScalingSize, device_type: str, rounds: int, tell: Callable[[str], object] = lambda text: None
+    size: ScalingSize,
+    device_type: str,
+    rounds: int,
+    tell: Callable[[str], object] = lambda text: None,
+    show: Callable[[Measured], object] = lambda so_far: None,
 ) -> Measured:
     """Run `hippos.bench.cases.scaling_worker` in as many processes as the size wants.
 
     They are started with torchrun's environment but without it: on one machine nothing has to be agreed on, and what
-    torchrun asks the machine's name service may take long. Each tells what it is at; ``tell`` hears the first.
+    torchrun asks the machine's name service may take long. Each tells what it is at; ``tell`` hears the first, and
+    ``show`` what was measured so far.
 
     Raises:
         BenchmarkError: If one fails or they take too long.
@@ -143,13 +163,26 @@ def run_processes(
         wanted = json.dumps({**asdict(size), "device": device_type, "rounds": rounds})
         command = [sys.executable, "-m", "hippos.bench.cases.scaling_worker", wanted, str(out)]
         workers = [_start(command, rank, size.n_processes, port, log) for rank, log in enumerate(logs)]
+        shown: list[Measured] = []
+
+        def look() -> None:
+            so_far = read_measured(out) if out.exists() else None
+            if so_far is not None and so_far not in shown:
+                shown[:] = [so_far]
+                show(so_far)
+
         try:
-            _wait_for(workers, logs, tell)
+            _wait_for(workers, logs, tell, look)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
-        return Measured(**json.loads(out.read_text()))
+        return read_measured(out)
+
+
+def read_measured(path: Path) -> Measured:
+    """What the first process has written."""
+    return Measured(**json.loads(path.read_text()))
 
 
 def _start(command: list[str], rank: int, n_processes: int, port: int, log: Path) -> subprocess.Popen[bytes]:
@@ -168,9 +201,15 @@ def _start(command: list[str], rank: int, n_processes: int, port: int, log: Path
 
 
 def _wait_for(
-    workers: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], tell: Callable[[str], object] = lambda text: None
+    workers: Sequence[subprocess.Popen[bytes]],
+    logs: Sequence[Path],
+    tell: Callable[[str], object],
+    look: Callable[[], object],
 ) -> None:
-    """Wait until all workers are done or one has failed; the error then has the last words of all."""
+    """Wait until all workers are done or one has failed; the error then has the last words of all.
+
+    Meanwhile the first worker's lines are told, and ``look`` is called again and again.
+    """
     deadline = time.monotonic() + SECONDS_AT_MOST
     told = 0
     while any(worker.poll() is None for worker in workers) and not any(worker.poll() for worker in workers):
@@ -182,6 +221,7 @@ def _wait_for(
             if ", process 0: " in line:
                 tell(line)
         told = len(lines)
+        look()
     failed = [worker.poll() for worker in workers if worker.poll()]
     if not failed:
         return
@@ -220,8 +260,9 @@ def _goal(size: ScalingSize) -> Goal:
 
 
 def _findings(size: ScalingSize, found: Measured, samples: Samples) -> list[Finding]:
-    return [
+    peaks = [
         Finding(f"peak memory of a process, {name}", n_bytes / 2**30, "GiB")
         for name, n_bytes in found.peak_bytes.items()
         if n_bytes
     ]
+    return [*peaks, Finding("a step of the process that is the slowest alone", 1e3 * found.slowest, "ms")]

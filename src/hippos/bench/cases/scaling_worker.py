@@ -6,9 +6,12 @@ import faulthandler
 import gc
 import json
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +140,8 @@ class Training:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
-    def measure(self, rounds: int, watch: Watch) -> list[float]:
-        """Seconds a step, of several rounds, from a common start to this process's end."""
+    def measure(self, rounds: int, watch: Watch, keep: Callable[[list[float]], object]) -> list[float]:
+        """Seconds a step, of several rounds, from a common start to this process's end; ``keep`` hears of each."""
         for number in range(1, WARMUP_STEPS + 1):
             watch.begin(f"step {number} of {WARMUP_STEPS} that are not timed")
             self.step()
@@ -153,6 +156,7 @@ class Training:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append((time.perf_counter() - start) / self.size.steps)
+            keep(seconds)
         return seconds
 
     def _wait(self) -> None:
@@ -176,17 +180,23 @@ def main(wanted: str, out: Path) -> None:
     processes = Processes.join()
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     found = Measured({}, {}, {})
-    results: tuple[Any, ...] = (found.seconds, found.losses, found.peak_bytes)
     for name, is_together in ((ALONE, False), (TOGETHER, True)):
-        measured = _measure(size, device, processes, watch, name, is_together=is_together, rounds=rounds)
-        for result, value in zip(results, measured, strict=True):
-            result[name] = value
-    if processes.is_main:
-        out.write_text(json.dumps({"seconds": results[0], "losses": results[1], "peak_bytes": results[2]}))
+        found = _measure(size, device, processes, watch, found, name, is_together=is_together, rounds=rounds, out=out)
+        if not is_together:
+            found = replace(found, slowest=max(processes.gather(statistics.median(found.seconds[ALONE]))))
+        _write(found, processes, out)
     watch.begin("parting")
     processes.wait()
     leave_processes()
     watch.end()
+
+
+def _write(found: Measured, processes: Processes, out: Path) -> None:
+    """Write what is known, whole or not at all; the first process alone does."""
+    if processes.is_main:
+        unfinished = out.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(asdict(found)))
+        unfinished.replace(out)
 
 
 def _measure(
@@ -194,12 +204,14 @@ def _measure(
     device: torch.device,
     processes: Processes,
     watch: Watch,
+    found: Measured,
     name: str,
     *,
     is_together: bool,
     rounds: int,
-) -> tuple[list[float], float, int]:
-    """Seconds a step, the checked loss, and the most memory in bytes."""
+    out: Path,
+) -> Measured:
+    """Add seconds a step, the checked loss, and the most memory in bytes to what was found."""
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -207,13 +219,24 @@ def _measure(
     training = Training(size, device, processes, is_together=is_together)
     watch.begin(f"{name}: a loss to compare")
     loss = training.checked_loss()
-    seconds = training.measure(rounds, watch)
-    peak = torch.cuda.max_memory_allocated() if is_cuda else 0
+
+    def with_seconds(seconds: list[float]) -> Measured:
+        peak = torch.cuda.max_memory_allocated() if is_cuda else 0
+        return replace(
+            found,
+            seconds={**found.seconds, name: seconds},
+            losses={**found.losses, name: loss},
+            peak_bytes={**found.peak_bytes, name: peak},
+        )
+
+    # One process alone is not judged before all of its rounds are known.
+    keep = (lambda seconds: _write(with_seconds(seconds), processes, out)) if is_together else (lambda seconds: None)
+    found = with_seconds(training.measure(rounds, watch, keep))
     del training
     gc.collect()
     if is_cuda:
         torch.cuda.empty_cache()
-    return seconds, loss, peak
+    return found
 
 
 if __name__ == "__main__":

@@ -103,13 +103,18 @@ class Context:
         device: Device of the measured work.
         is_quick: Whether this is a ``--quick`` run: small sizes that prove the suite, not speed.
         seed: Seed of `generator`.
+        plan: Rounds, for preparations that measure by themselves.
         tell: Called with what a long preparation is at.
+        show: Called with a part of the workload whose methods can already give samples, so that a run that is cut off
+            keeps them.
     """
 
     device: torch.device
     is_quick: bool = False
     seed: int = 0
+    plan: Plan = Plan()
     tell: Callable[[str], object] = lambda text: None
+    show: Callable[[Workload], object] = lambda workload: None
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the device, always from the same seed."""

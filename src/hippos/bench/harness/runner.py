@@ -121,17 +121,31 @@ def _run_case(
     plan = plan_of(case, context.is_quick, rounds)
     result = CaseResult(case.name, case.title, _labels(case, context), case.axis, plan, ())
     for size in sizes_of(case, context.is_quick):
-        measured = _run_size(case, size, context, plan, tracker)
-        result = replace(result, sizes=(*result.sizes, measured))
-        on_size(result)
+
+        def keep(measured: SizeResult, before: CaseResult = result) -> CaseResult:
+            so_far = replace(before, sizes=(*before.sizes, measured))
+            on_size(so_far)
+            return so_far
+
+        result = keep(_run_size(case, size, replace(context, plan=plan), tracker, keep))
     return result
 
 
-def _run_size(case: Case[Any], size: Any, context: Context, plan: Plan, tracker: _Tracker) -> SizeResult:
+def _run_size(
+    case: Case[Any], size: Any, context: Context, tracker: _Tracker, keep: Callable[[SizeResult], object]
+) -> SizeResult:
     named = {name: value for name, value in asdict(size).items() if name in _labels(case, context)}
     label = " ".join([case.name, *(f"{name}={value}" for name, value in named.items())])
     tracker.say(f"{label}: check against float64")
+    context = replace(context, show=lambda part: keep(_measure(part, size, context, label)))
     workload = case.prepare(size, context)
+    return _measure(workload, size, context, label, tracker)
+
+
+def _measure(
+    workload: Workload, size: Any, context: Context, label: str, tracker: _Tracker | None = None
+) -> SizeResult:
+    """Check the methods and time them, unheard without a tracker."""
     errors = workload.check()
     for method, error in errors.items():
         if not (math.isfinite(error) and error <= workload.max_error):
@@ -139,10 +153,15 @@ def _run_size(case: Case[Any], size: Any, context: Context, plan: Plan, tracker:
                 f"{label}: {method} has a relative error of {error:.2e} against float64, allowed is "
                 f"{workload.max_error:.0e}; no time is shown for a wrong result"
             )
-    tracker.step()
-    tracker.say(f"{label}: timing")
+    if tracker is not None:
+        tracker.step()
+        tracker.say(f"{label}: timing")
     samples = measure_rounds(
-        workload.methods, Clock(context.device), warmup=plan.warmup, rounds=plan.rounds, on_round=tracker.step
+        workload.methods,
+        Clock(context.device),
+        warmup=context.plan.warmup,
+        rounds=context.plan.rounds,
+        on_round=(lambda: None) if tracker is None else tracker.step,
     )
     return SizeResult(
         size=asdict(size),
