@@ -1,23 +1,148 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
+import weakref
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from hippos import H3Config, H3ForCausalLM
 from hippos.errors import UnsupportedError
-from hippos.generate import Generator, generate, load_state, quantise_int8, save_state
-from hippos.generate.int8_linear import MOST_ROWS, Int8Linear
+from hippos.generate import Generator, Sampling, generate, load_state, quantise_int8, save_state
+from hippos.generate import int8 as int8_module
+from hippos.generate.fused_step import FusedStep
+from hippos.generate.h3_decoder import H3Decoder
+from hippos.generate.int8_linear import MOST_ROWS, Int8Embedding, Int8Linear, rounded_to_int8
+from hippos.generate.state import GenerationState
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+needs_torchao = pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Quantise on the CPU as elsewhere, with rounding of our own for torchao's, and multiply by unpacked weights."""
+    monkeypatch.setattr("hippos.generate.int8.HAS_PRODUCT", False)
+    monkeypatch.setattr("hippos.generate.int8_linear.HAS_PRODUCT", False)
+    monkeypatch.setattr(int8_module, "_require_torchao", lambda device: None)
+    monkeypatch.setattr(int8_module, "_by_torchao", lambda weight: rounded_to_int8(weight.detach()))
+
+
+def make_model(*, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes) -> H3ForCausalLM:
+    fields = {
+        "vocab_size": 199,
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "state_size": 16,
+        "attn_layers": (1,),
+        "initializer_range": 0.1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return H3ForCausalLM(H3Config(**{**fields, **changes})).eval().to(device, dtype)
+
+
+def n_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 @pytest.mark.skipif(HAS_TORCHAO, reason="torchao is installed")
 def test_elsewhere_than_on_a_cpu_torchao_is_asked_for_by_name(random_h3):
+    model = deepcopy(random_h3).to("meta")
     with pytest.raises(UnsupportedError, match=r"int8 weights on meta need torchao, .* pip install torchao"):
-        quantise_int8(deepcopy(random_h3).to("meta"))
+        quantise_int8(model)
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_tied_embedding_shares_the_weight_and_the_old_ones_are_gone():
+    model = make_model(dtype=torch.bfloat16)
+    exact = deepcopy(model)
+    old = [weakref.ref(linear.weight) for linear in model.modules() if isinstance(linear, nn.Linear | nn.Embedding)]
+    quantise_int8(model)
+    gc.collect()
+    assert [ref() for ref in old] == [None] * len(old)
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert (type(head), type(embedding)) == (Int8Linear, Int8Embedding)
+    assert embedding.weight_int8 is head.weight_int8
+    assert n_bytes(model) < 0.6 * n_bytes(exact)
+    assert model.dtype == torch.bfloat16
+    ids = torch.randint(199, (2, 70), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+    with torch.no_grad():
+        assert 1e-3 < distance(model(ids).logits, exact(ids).logits) < 0.1
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_an_embedding_of_its_own_stays():
+    model = make_model(tie_word_embeddings=False)
+    weight = model.model.embed_tokens.weight
+    quantise_int8(model)
+    assert model.model.embed_tokens.weight is weight
+    assert type(model.lm_head) is Int8Linear
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("shape", [{}, {"head_dim": 4}, {"attn_layers": (0, 2), "rotary_dim": 8}, {"mixer": "s4d"}])
+def test_prompts_are_read_as_on_a_gpu(shape):
+    model = make_model(dtype=torch.float64, **shape)
+    quantise_int8(model)
+    ids = torch.randint(199, (2, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -1]
+    for is_fused in (False, True):
+        decoder = H3Decoder(model, GenerationState.empty(model, 2, context=40))
+        decoder._reads_fused = is_fused
+        decoder.read([row[:-1] for row in ids])
+        decoder.advance(ids[:, -1])
+        torch.testing.assert_close(decoder.logits(), wanted, rtol=1e-9, atol=1e-9)
+
+
+@needs_torchao
+def test_torchao_rounds_and_changes_nothing_else(monkeypatch):
+    monkeypatch.setattr("hippos.generate.int8.HAS_PRODUCT", False)
+    model = make_model(dtype=torch.bfloat16)
+    weights = {name: linear.weight for name, linear in model.named_modules() if isinstance(linear, nn.Linear)}
+    precision = torch.get_float32_matmul_precision()
+    quantise_int8(model)
+    assert torch.get_float32_matmul_precision() == precision
+    for name, weight in weights.items():
+        linear = model.get_submodule(name)
+        assert linear.scale.shape == (len(weight),)
+        assert linear.scale.dtype == torch.float32
+        step = weight.detach().float().abs().amax(1) / 127.5
+        torch.testing.assert_close(linear.scale, step, rtol=1e-2, atol=0)
+        error = (linear.int8_weight.unpacked(torch.float64) - weight.detach().double()).abs()
+        assert bool((error <= 0.51 * linear.scale.unsqueeze(1) * (1 + 1e-6)).all())
+    refs = [weakref.ref(weight) for weight in weights.values()]
+    weights.clear()
+    del weight
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reason"),
+    [
+        (torch.float32, (64, 64), "it needs tokens in bfloat16 or float16, got float32"),
+        (torch.bfloat16, (64, 100), "it needs widths that are multiples of 64, .* got 100"),
+    ],
+)
+def test_what_a_gpu_could_not_multiply_is_refused_by_name(monkeypatch, dtype, shape, reason):
+    monkeypatch.setattr("hippos.ops.decode.int8_weight.why_not_device", lambda device: None)
+    monkeypatch.setattr("hippos.ops.decode.int8_weight.is_interpreted", lambda: False)
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape)
+    with pytest.raises(UnsupportedError, match=f"layers.0.mlp.fc1 cannot have int8 weights on cuda: {reason}"):
+        int8_module._require_kernels("layers.0.mlp.fc1", weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -75,3 +200,65 @@ def test_a_model_without_linear_maps_is_refused():
     model.device = torch.device("cpu")
     with pytest.raises(UnsupportedError, match="Embedding has no linear maps"):
         quantise_int8(model)
+
+
+@pytest.mark.gpu
+@needs_torchao
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, torch.bfloat16), (1, torch.float16), (5, torch.bfloat16), (64, torch.float16), (65, torch.bfloat16)],
+)
+@pytest.mark.parametrize("shape", [{}, {"attn_layers": (0, 2), "rotary_dim": 8}, {"mixer": "s4d"}, {"vocab_size": 517}])
+@torch.no_grad()
+def test_steps_on_a_gpu_are_those_of_the_unpacked_weights(shape, batch, dtype):
+    model = make_model(dtype=dtype, device="cuda", **shape)
+    quantise_int8(model)
+    exact = make_model(dtype=torch.float64, device="cuda", **shape)
+    for name, linear in model.named_modules():
+        if isinstance(linear, Int8Linear):
+            exact.get_submodule(name).weight.copy_(linear.int8_weight.unpacked(torch.float64))
+    plain = deepcopy(exact).to(dtype)
+    assert FusedStep.fits(model)
+    ids = torch.randint(199, (batch, 20), generator=torch.Generator().manual_seed(1)).cuda()
+    wanted = exact(ids).logits[:, -1]
+    decoder = H3Decoder(model, GenerationState.empty(model, batch, context=40))
+    decoder.read(list(ids[:, :10]))
+    for token in ids[:, 10:].unbind(1):
+        decoder.advance(token)
+    assert distance(decoder.logits(), wanted) < 1.5 * distance(plain(ids).logits[:, -1], wanted) + 2e-3
+
+
+@pytest.mark.gpu
+@needs_torchao
+@pytest.mark.parametrize("shape", [{}, {"head_dim": 4}])
+def test_a_captured_step_on_a_gpu_writes_what_steps_write(shape):
+    model = make_model(dtype=torch.bfloat16, device="cuda", **shape)
+    quantise_int8(model)
+    ids = torch.randint(199, (3, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    expected = Generator(model, cuda_graph=False).generate(ids, sampling).sequences
+    writer = Generator(model)
+    assert writer.cuda_graph
+    for _ in range(2):
+        assert torch.equal(writer.generate(ids, sampling).sequences, expected)
+
+
+@pytest.mark.gpu
+@needs_torchao
+def test_memory_on_a_gpu_falls_by_what_the_weights_lose():
+    sizes = {"hidden_size": 1024, "vocab_size": 4096, "num_attention_heads": 8}
+    before = torch.cuda.memory_allocated()
+    model = make_model(dtype=torch.bfloat16, device="cuda", **sizes)
+    whole = torch.cuda.memory_allocated() - before
+    quantise_int8(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 0.52 * whole
+
+
+@pytest.mark.gpu
+@needs_torchao
+def test_float32_on_a_gpu_is_refused_and_nothing_is_changed():
+    model = make_model(device="cuda")
+    with pytest.raises(UnsupportedError, match=r"mixer.q_proj cannot have int8 .* in bfloat16 or float16, got float32"):
+        quantise_int8(model)
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
