@@ -83,6 +83,19 @@ def test_a_tied_embedding_shares_the_weight_and_the_old_ones_are_gone():
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+def test_scales_keep_their_precision_when_the_model_changes_its_own():
+    model = make_model(dtype=torch.bfloat16)
+    quantise_int8(model)
+    scale = model.lm_head.scale.clone()
+    model.half()
+    assert torch.equal(model.lm_head.scale, scale)
+    assert torch.equal(model.model.embed_tokens.scale, scale)
+    assert model.model.embed_tokens(torch.tensor([3])).dtype == model.lm_head.weight.dtype == torch.float16
+    model.double()
+    assert torch.equal(model.lm_head.weight, model.lm_head.weight_int8.double() * scale.double().unsqueeze(1))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_an_embedding_of_its_own_stays():
     model = make_model(tie_word_embeddings=False)
     weight = model.model.embed_tokens.weight

@@ -6,6 +6,7 @@ from typing import Any
 
 from hippos.bench.cases.engine import DEFAULT, ENGINE, STATIC, EngineSize, draw_rates, prepare_engine
 from hippos.bench.cases.engine_steps import RoomSize, StepSize, prepare_room, prepare_step
+from hippos.bench.cases.int8_steps import Int8StepSize, prepare_int8_step
 from hippos.bench.harness import Case, Plan, Suite
 
 H3 = {"preset": "1.3b"}
@@ -60,6 +61,19 @@ STEPS = Case(
     quick_sizes=(StepSize("tiny", 2, (8, 32), TINY, tolerance=0.03), StepSize("tiny", 1, (8,), TINY, shares=(0.65,))),
     prepare=prepare_step,
     labels=("model", "batch", "positions"),
+    plan=Plan(warmup=2, rounds=11),
+)
+
+INT8_STEPS = Case(
+    name="decode_step_int8",
+    title="One decode step of the engine, weights in bfloat16 and in int8",
+    sizes=(
+        Int8StepSize("hybrid 1.3B", 1, 1536, H3, at_least=1.5),
+        Int8StepSize("hybrid 1.3B", 64, 1536, H3, at_least=1.0),
+    ),
+    quick_sizes=(Int8StepSize("tiny", 1, 8, TINY), Int8StepSize("tiny", 2, 8, TINY)),
+    prepare=prepare_int8_step,
+    labels=("model", "batch", "position"),
     plan=Plan(warmup=2, rounds=11),
 )
 
@@ -122,6 +136,6 @@ LENGTHS = Case(
 SUITE = Suite(
     name="generation",
     title="Text generation on a GPU",
-    cases=(PROMPTS, STEPS, DEFAULT_CACHE, ROOM, BATCHES, LENGTHS),
+    cases=(PROMPTS, STEPS, INT8_STEPS, DEFAULT_CACHE, ROOM, BATCHES, LENGTHS),
     device="cuda",
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +25,40 @@ def rounded_to_int8(weight: Tensor) -> Int8Weight:
     return Int8Weight(values, scale)
 
 
-class Int8Linear(nn.Module):
+class _Int8Module(nn.Module):
+    """A weight in int8 with a scale for each row, which moves with the module but keeps its precision."""
+
+    scale: Tensor
+    _half_scale: Tensor
+
+    def __init__(self, values: nn.Parameter, scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.weight_int8 = values
+        self.register_buffer("scale", scale)
+        self.register_buffer("_half_scale", scale.bfloat16(), persistent=False)
+
+    @property
+    def int8_weight(self) -> Int8Weight:
+        """The weight as the kernels of a decode step take it."""
+        return Int8Weight(self.weight_int8, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a matrix, unpacked at each call, shape (D_out, D_in), in the dtype of the map it stands for."""
+        return self.int8_weight.unpacked(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        if self.scale.dtype not in (torch.float32, torch.float64):
+            self.scale = scale.to(self.scale.device)
+        self._half_scale = self.scale.bfloat16()
+        return self
+
+
+class Int8Linear(_Int8Module):
     """y = x W^T + b with W in int8, one scale a row; only for inference.
 
     On a CPU a few tokens are rounded to bfloat16 and multiplied by PyTorch's own product of bfloat16 and int8, on a GPU
@@ -38,28 +74,11 @@ class Int8Linear(nn.Module):
         bias: Shape (D_out,), or None.
     """
 
-    scale: Tensor
-    _half_scale: Tensor
-
     def __init__(self, linear: nn.Linear, weight: Int8Weight | None = None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
         values, scale = rounded_to_int8(linear.weight.detach()) if weight is None else weight
-        self.weight_int8 = nn.Parameter(values, requires_grad=False)
-        self.register_buffer("scale", scale)
-        self.register_buffer("_half_scale", scale.bfloat16(), persistent=False)
+        super().__init__(nn.Parameter(values, requires_grad=False), scale, linear.weight.dtype)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-
-    @property
-    def int8_weight(self) -> Int8Weight:
-        """The weight as the kernels of a decode step take it."""
-        return Int8Weight(self.weight_int8, self.scale)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as a matrix, unpacked at each call, shape (D_out, D_in), in the dtype of the map it stands for."""
-        return self.int8_weight.unpacked(self.dtype)
 
     def forward(self, u: Tensor) -> Tensor:
         """Map tokens, shape (..., D_in), to (..., D_out)."""
@@ -93,7 +112,7 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(_Int8Module):
     """Rows of the weight of an `Int8Linear`, which is kept once for both.
 
     Args:
@@ -101,17 +120,8 @@ class Int8Embedding(nn.Module):
     """
 
     def __init__(self, head: Int8Linear) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.dtype = head.out_features, head.in_features, head.dtype
-        self.weight_int8 = head.weight_int8
-        self.register_buffer("scale", head.scale)
-
-    scale: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as a matrix, unpacked at each call, in the dtype of the map."""
-        return Int8Weight(self.weight_int8, self.scale).unpacked(self.dtype)
+        super().__init__(head.weight_int8, head.scale, head.dtype)
+        self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids, shape (...), to (..., D)."""

@@ -83,7 +83,7 @@ def prepare_step(size: StepSize, context: Context) -> Workload:
     model = language_model("h3", size.h3, size.dtype, context)
     methods: dict[str, Method] = {}
     for position in size.positions:
-        methods[_at(position)] = _replayed_step(model, size.batch, position, context)
+        methods[_at(position)] = replayed_step(model, size.batch, position, context)
     first, last = _at(size.positions[0]), _at(size.positions[-1])
     goals = []
     if size.shares:
@@ -129,7 +129,7 @@ def prepare_room(size: RoomSize, context: Context) -> Workload:
     rows = _gpt2_rows(size, n_bytes)
     name = f"H3, {batch} texts"
     with _no_more_than(n_bytes, context):
-        method = _replayed_step(model, batch, 8, context, room=size.context)
+        method = replayed_step(model, batch, 8, context, room=size.context)
     findings = [
         Finding(f"texts of {size.context:,} tokens that H3 decodes at once", float(batch), "texts"),
         Finding("bytes of one of them", n_bytes_of_row(model, context=size.context) / 2**20, "MiB"),
@@ -169,7 +169,16 @@ def _no_more_than(n_bytes: int, context: Context) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
-def _replayed_step(model: Any, batch: int, position: int, context: Context, *, room: int | None = None) -> Method:
+def replayed_step(model: Any, batch: int, position: int, context: Context, *, room: int | None = None) -> Method:
+    """Capture the engine's decode step behind random texts; the method replays it.
+
+    Args:
+        model: An H3 language model.
+        batch: Texts.
+        position: Tokens read before.
+        context: Where it runs.
+        room: Tokens that each text has room for; None: a few more than are read.
+    """
     calls = 20 if context.device.type == "cuda" else 2
     writer = Generator(model, context=room or position + 2 * calls + 16)
     n_read = min(position, room or position)
