@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
+from hippos.ops.first_product import prepare_products
 from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.kernel_fallback import none
 
@@ -56,6 +57,7 @@ def gelu_mlp_backward_op(
     from hippos.ops.gelu_mlp.launch import gelu, gelu_bwd_
     from hippos.ops.gelu_mlp.launch_hopper import gelu_product_bwd, takes_hopper
 
+    prepare_products(u.device)
     rows = u.reshape(-1, u.shape[-1]).contiguous()
     dy = dout.reshape(rows.shape[0], -1).contiguous()
     if takes_hopper(dy, second, inner):

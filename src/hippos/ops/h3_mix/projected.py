@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hippos.ops.direct import Direct
+from hippos.ops.first_product import prepare_products
 from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, is_common, saved_states, why_not_triton
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
 from hippos.ops.h3_mix.layout import MixInputs, laid_out, refuse_second_derivative
@@ -193,11 +194,9 @@ def h3_projected_backward_op(
     (batch, seqlen, _), d_model = u.shape, weights.shape[0] // 4
     drows = dtokens.reshape(batch * seqlen, d_model)
     dbias = biases.new_empty(biases.shape if wants_weights else (0,))
-    # Before the products: cuBLAS warns where it is the first to use the GPU in a thread.
+    prepare_products(u.device)
     if dbias.numel() > 3 * d_model:
         torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
-    else:
-        u.new_zeros(1)
     dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
     dproduct = u.new_empty(3, d_model, batch, seqlen)
     joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
