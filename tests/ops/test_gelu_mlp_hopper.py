@@ -49,9 +49,8 @@ class Matrix(Descriptor):
         piece.copy_(tile.tensor[: piece.shape[0], : piece.shape[1]])
 
 
-def run(dy, weight, inner, bias, *, n_programs, rows=16, columns=16, depth=8, stages=3):
-    """What the program gives, with small tiles."""
-    dinner, shares = torch.full_like(inner, torch.nan), torch.full((-(-len(dy) // rows), len(bias)), torch.nan)
+def run(kernel, matrices, *args, n_programs=1, rows=16, columns=16, depth=8, stages=3):
+    """Run a program with small tiles."""
 
     def sigmoid(code, _, arguments, **__):
         assert all(word in code for word in ("ex2", "rcp"))
@@ -67,25 +66,48 @@ def run(dy, weight, inner, bias, *, n_programs, rows=16, columns=16, depth=8, st
         names["tma"].store_wait = lambda pending: None
 
     run_program(
-        MODULE, "gelu_product_bwd_hopper_kernel", (n_programs, 1),
-        *map(Matrix, (dy, weight, inner, dinner)), bias, shares, *inner.shape,
-        STEPS=-(-dy.shape[1] // depth), STAGES=stages, ROWS=rows, COLUMNS=columns, DEPTH=depth, more=more,
+        MODULE, kernel, (n_programs, 1), *map(Matrix, matrices), *args,
+        STEPS=-(-matrices[0].shape[1] // depth), STAGES=stages, ROWS=rows, COLUMNS=columns, DEPTH=depth, more=more,
     )  # fmt: skip
+
+
+def run_forward(rows, weight, bias, **options):
+    inner, act = (torch.full((len(rows), len(weight)), torch.nan) for _ in range(2))
+    run("gelu_product_hopper_kernel", (rows, weight, inner, act), bias, *inner.shape, **options)
+    return inner, act
+
+
+def run_backward(dy, weight, inner, bias, **options):
+    dinner, shares = torch.full_like(inner, torch.nan), torch.full((-(-len(dy) // 16), len(bias)), torch.nan)
+    matrices = (dy, weight, inner, dinner)
+    run("gelu_product_bwd_hopper_kernel", matrices, bias, shares, *inner.shape, **options)
     return dinner, shares.sum(0)
 
 
+SIZES = [(48, 32, 64), (41, 20, 40), (16, 8, 16)]
+
+
 @pytest.mark.parametrize("n_programs", [1, 3, 12])
-@pytest.mark.parametrize(("n_rows", "d_model", "d_ff"), [(48, 32, 64), (41, 20, 40), (16, 8, 16)])
+@pytest.mark.parametrize(("n_rows", "d_model", "d_ff"), SIZES)
+def test_outputs(generator, n_programs, n_rows, d_model, d_ff):
+    rows, weight, _, bias = draw(generator, n_rows, d_model, d_ff)
+    inner, act = run_forward(rows, weight.t().contiguous(), bias, n_programs=n_programs)
+    torch.testing.assert_close(inner, rows @ weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(act, F.gelu(rows @ weight + bias, approximate="tanh"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_programs", [1, 3, 12])
+@pytest.mark.parametrize(("n_rows", "d_model", "d_ff"), SIZES)
 def test_gradients(generator, n_programs, n_rows, d_model, d_ff):
     tensors = draw(generator, n_rows, d_model, d_ff)
-    for found, wanted in zip(run(*tensors, n_programs=n_programs), exactly(*tensors), strict=True):
+    for found, wanted in zip(run_backward(*tensors, n_programs=n_programs), exactly(*tensors), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_large_inputs(generator):
     dy, weight, _, bias = draw(generator, 16, 8, 16)
     inner = torch.linspace(-300, 300, 256).view(16, 16)
-    found, _ = run(dy, weight, inner, bias, n_programs=1)
+    found, _ = run_backward(dy, weight, inner, bias)
     torch.testing.assert_close(found.double(), exactly(dy, weight, inner, bias)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -94,20 +116,28 @@ def test_large_inputs(generator):
 @pytest.mark.parametrize(
     ("n_rows", "d_model", "d_ff"), [(4096, 768, 3072), (32768, 768, 3072), (5001, 200, 1000), (4100, 2048, 8192)]
 )
-def test_gradients_on_a_gpu(generator, monkeypatch, dtype, n_rows, d_model, d_ff):
-    from hippos.ops.gelu_mlp.launch import gelu_bwd_
+def test_programs_on_a_gpu(generator, monkeypatch, dtype, n_rows, d_model, d_ff):
+    from hippos.ops.gelu_mlp.launch import gelu, gelu_bwd_
 
     monkeypatch.setattr(launch_hopper, "IS_CHOSEN", True)
-    *tensors, bias = (x.cuda() for x in draw(generator, n_rows, d_model, d_ff, dtype))
-    if not launch_hopper.takes_hopper(*tensors):
-        pytest.skip("the program is for Hopper and the Triton that it was written with")
-    dy, weight, inner = tensors
-    found = launch_hopper.gelu_product_bwd(dy, weight, inner, bias)
+    dy, weight, inner, bias = (x.cuda() for x in draw(generator, n_rows, d_model, d_ff, dtype))
+    if not launch_hopper.takes_hopper(dy, weight, d_ff):
+        pytest.skip("the programs are for Hopper and the Triton that they were written with")
     usual = dy @ weight
-    usual_sums = gelu_bwd_(inner, bias, usual, None)
-    again = launch_hopper.gelu_product_bwd(dy, weight, inner, bias)
+    usual = (usual, gelu_bwd_(inner, bias, usual, None))
     wanted = exactly(dy, weight, inner, bias)
-    for got, other, right, same in zip(found, (usual, usual_sums), wanted, again, strict=True):
+    check(lambda: launch_hopper.gelu_product_bwd(dy, weight, inner, bias), usual, wanted)
+    usual = dy @ weight
+    wanted = dy.double() @ weight.double()
+    wanted = (wanted, F.gelu(wanted + bias.double(), approximate="tanh"))
+    transposed = weight.t().contiguous()
+    check(lambda: launch_hopper.gelu_product(dy, transposed, bias), (usual, gelu(usual, bias)), wanted)
+    found, act = launch_hopper.gelu_product(dy, transposed, bias)
+    assert float((gelu(found, bias) != act).double().mean()) < 1e-2, "as good as what is made again"
+
+
+def check(function, usual, wanted):
+    for got, same, other, right in zip(function(), function(), usual, wanted, strict=True):
         error, usual_error = (float((x.double() - right).norm() / right.norm()) for x in (got, other))
         assert error < 1.1 * usual_error
         assert torch.equal(got, same)

@@ -19,11 +19,15 @@ def gelu_mlp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output; and for the backward pass the first product without its bias, its GELU, the weights in u's dtype."""
     from hippos.ops.gelu_mlp.launch import gelu
+    from hippos.ops.gelu_mlp.launch_hopper import gelu_product, takes_hopper
 
     rows = u.reshape(-1, u.shape[-1]).contiguous()
     first, second = (w.to(u.dtype) for w in (w1, w2))
-    inner = rows @ first.t()
-    act = gelu(inner, b1)
+    if takes_hopper(rows, first, len(first)):
+        inner, act = gelu_product(rows, first, b1)
+    else:
+        inner = rows @ first.t()
+        act = gelu(inner, b1)
     y = (act @ second.t()).view(*u.shape[:-1], -1)
     kept = (inner, none(u) if recomputes else act) if saves else (none(u), none(u))
     # What an operator gives must not be what it was given.
@@ -60,7 +64,7 @@ def gelu_mlp_backward_op(
     prepare_products(u.device)
     rows = u.reshape(-1, u.shape[-1]).contiguous()
     dy = dout.reshape(rows.shape[0], -1).contiguous()
-    if takes_hopper(dy, second, inner):
+    if takes_hopper(dy, second, inner.shape[1]):
         dinner, db1 = gelu_product_bwd(dy, second, inner, b1)
         again = None if act.numel() else gelu(inner, b1)
     else:

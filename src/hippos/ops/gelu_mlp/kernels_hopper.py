@@ -1,8 +1,8 @@
-"""GPU program for Hopper, in Gluon: the product that gives the GELU's gradient, and what follows it in the same pass.
+"""GPU programs for Hopper, in Gluon: the products around the GELU, which make it and its gradient in the same pass.
 
-A product of few columns in and many out spends a third of its time on what it writes. Here that is not the gradient of
-the GELU's output, to be read again, but that of its input: the tile of the input comes into shared memory while the
-tensor cores are at work, the gradient takes its place there, and leaves while the next tile is begun.
+A product of few columns in and many out spends a third of its time on what it writes, and a kernel that reads that
+again for a GELU takes half as long as the product. Here the GELU's input comes and its outputs leave while the tensor
+cores are at work on the next tile; only the arithmetic between has to wait for them.
 """
 
 # mypy: ignore-errors
@@ -14,44 +14,122 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+
 
 @gluon.jit
-def _inverse_of_one_and_two_to(x):
-    """1 / (1 + 2^x) by the approximate units, to two units in the last place; 0 for large x."""
+def _gate(x):
+    """1 / (1 + exp(-2 u)) of GELU(x) = x (1 + tanh u) / 2, by the approximate units, to two units in the last place."""
     code: gl.constexpr = """{
         .reg .f32 t;
         ex2.approx.ftz.f32 t, $1;
         add.rn.f32 t, t, 0f3F800000;
         rcp.approx.ftz.f32 $0, t;
     }"""
-    return gl.inline_asm_elementwise(code, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+    exponent = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))  # -2 u log2(e)
+    return gl.inline_asm_elementwise(code, "=f,f", [exponent], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _gradient(dact, x):
-    """The GELU's gradient (tanh form) times dact; the constants are those of `gelu_bwd_kernel`, two times log2(e)."""
-    square = x * x
-    gate = _inverse_of_one_and_two_to(x * (-2.302208198144325 - 0.1029432395800235 * square))
-    steep = x * (1.5957691216057308 + 0.21406443848094036 * square)
-    return (dact * gate) * (steep * (1.0 - gate) + 1.0)
-
-
-@gluon.jit
-def _ask(dy, weight, step, first, n_tiles, n_columns, arrived, dy_tiles, weight_tiles, STEPS: gl.constexpr):
+def _ask(left, right, step, n_tiles, n_columns, arrived, left_tiles, right_tiles, STEPS: gl.constexpr):
     """Copy what a step of a program's loop multiplies, of whichever of its tiles, to its place in the ring."""
-    ROWS: gl.constexpr = dy_tiles.shape[1]
-    DEPTH: gl.constexpr = dy_tiles.shape[2]
-    COLUMNS: gl.constexpr = weight_tiles.shape[2]
-    STAGES: gl.constexpr = dy_tiles.shape[0]
-    tile = first + step // STEPS * gl.num_programs(0)
-    inner = step % STEPS * DEPTH
+    STAGES: gl.constexpr = left_tiles.shape[0]
+    ROWS: gl.constexpr = left_tiles.shape[1]
+    DEPTH: gl.constexpr = left_tiles.shape[2]
+    IS_TRANSPOSED: gl.constexpr = right_tiles.shape[2] == DEPTH
+    COLUMNS: gl.constexpr = right_tiles.shape[1] if IS_TRANSPOSED else right_tiles.shape[2]
+    tile = gl.program_id(0) + step // STEPS * gl.num_programs(0)
+    depth = step % STEPS * DEPTH
     slot = step % STAGES
     is_step = tile < n_tiles
     mbarrier.expect(arrived.index(slot), (ROWS + COLUMNS) * DEPTH * 2, pred=is_step)
-    place = [tile // n_columns * ROWS, inner]
-    tma.async_copy_global_to_shared(dy, place, arrived.index(slot), dy_tiles.index(slot), pred=is_step)
-    place = [inner, tile % n_columns * COLUMNS]
-    tma.async_copy_global_to_shared(weight, place, arrived.index(slot), weight_tiles.index(slot), pred=is_step)
+    row, column = tile // n_columns * ROWS, tile % n_columns * COLUMNS
+    tma.async_copy_global_to_shared(left, [row, depth], arrived.index(slot), left_tiles.index(slot), pred=is_step)
+    if IS_TRANSPOSED:
+        place = [column, depth]
+    else:
+        place = [depth, column]
+    tma.async_copy_global_to_shared(right, place, arrived.index(slot), right_tiles.index(slot), pred=is_step)
+
+
+@gluon.jit
+def _begin(left, right, n_tiles, n_columns, arrived, left_tiles, right_tiles, STEPS: gl.constexpr):
+    """Ask for the first steps."""
+    STAGES: gl.constexpr = left_tiles.shape[0]
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(arrived.index(stage), count=1)
+    hopper.fence_async_shared()
+    gl.thread_barrier()
+    for ahead in gl.static_range(STAGES - 1):
+        _ask(left, right, ahead, n_tiles, n_columns, arrived, left_tiles, right_tiles, STEPS)
+
+
+@gluon.jit
+def _step(left, right, step, depth, acc, n_tiles, n_columns, arrived, left_tiles, right_tiles, STEPS: gl.constexpr):
+    """Begin to multiply a step, and ask for the one that takes the place of the step before."""
+    STAGES: gl.constexpr = left_tiles.shape[0]
+    slot = step % STAGES
+    mbarrier.wait(arrived.index(slot), step // STAGES & 1)
+    factor = right_tiles.index(slot)
+    if right_tiles.shape[2] == left_tiles.shape[2]:
+        factor = factor.permute((1, 0))
+    acc = hopper.warpgroup_mma(left_tiles.index(slot), factor, acc, use_acc=depth > 0, is_async=True)
+    acc = hopper.warpgroup_mma_wait(1, [acc])
+    gl.thread_barrier()  # all warps have done with the step before, whose place is free now
+    _ask(left, right, step + STAGES - 1, n_tiles, n_columns, arrived, left_tiles, right_tiles, STEPS)
+    return acc
+
+
+@gluon.jit(do_not_specialize=["n_rows"])
+def gelu_product_hopper_kernel(
+    rows, weight, inner, act, bias_ptr, n_rows, d_ff,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    """Every n-th tile of inner = rows @ weight.T and act = GELU(inner + bias), for n programs.
+
+    rows (T, D) and weight (F, D) are descriptors of tiles, inner and act (T, F) of tiles of half the columns; STEPS of
+    DEPTH make up D. Behind the end of a tensor zeros are read, and nothing is written.
+    """
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS // 2, 16])
+    dtype: gl.constexpr = rows.dtype
+    n_columns = gl.cdiv(d_ff, COLUMNS)
+    n_tiles = gl.cdiv(n_rows, ROWS) * n_columns
+    row_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], SHARED)
+    weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, DEPTH], SHARED)
+    inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], SHARED)
+    act_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], SHARED)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    _begin(rows, weight, n_tiles, n_columns, arrived, row_tiles, weight_tiles, STEPS)
+    step = 0
+    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+        row, column = tile // n_columns * ROWS, tile % n_columns * COLUMNS
+        acc = gl.zeros((ROWS, COLUMNS), gl.float32, MMA)
+        for depth in range(STEPS):
+            acc = _step(rows, weight, step, depth, acc, n_tiles, n_columns, arrived, row_tiles, weight_tiles, STEPS)
+            step += 1
+        acc = hopper.warpgroup_mma_wait(0, [acc])
+        halves = gl.split(gl.permute(gl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        for half in gl.static_range(2):
+            first = column + half * (COLUMNS // 2)
+            columns = first + gl.arange(0, COLUMNS // 2, layout=gl.SliceLayout(0, HALF))
+            bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
+            rounded = gl.convert_layout(halves[half], HALF, assert_trivial=True).to(dtype)
+            tma.store_wait(1)  # what has left first
+            gl.thread_barrier()
+            inner_tile.store(rounded)
+            hopper.fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(inner, [row, first], inner_tile)
+            x = rounded.to(gl.float32) + bias[None, :]
+            x *= _gate(x)
+            tma.store_wait(1)
+            gl.thread_barrier()
+            act_tile.store(x.to(dtype))
+            hopper.fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(act, [row, first], act_tile)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_rows"])
@@ -67,50 +145,39 @@ def gelu_product_bwd_hopper_kernel(
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
     SUMS: gl.constexpr = gl.BlockedLayout([ROWS // 2, COLUMNS // 128], [1, 32], [2, 4], [1, 0])
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = dy.dtype
     n_columns = gl.cdiv(d_ff, COLUMNS)
     n_tiles = gl.cdiv(n_rows, ROWS) * n_columns
-    first = gl.program_id(0)
     dy_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], SHARED)
     weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], SHARED)
     inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS], SHARED)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     has_inner = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(arrived.index(stage), count=1)
     mbarrier.init(has_inner, count=1)
-    hopper.fence_async_shared()
-    gl.thread_barrier()
-    for ahead in gl.static_range(STAGES - 1):
-        _ask(dy, weight, ahead, first, n_tiles, n_columns, arrived, dy_tiles, weight_tiles, STEPS)
+    _begin(dy, weight, n_tiles, n_columns, arrived, dy_tiles, weight_tiles, STEPS)
     step, parity = 0, 0
-    for tile in range(first, n_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         row, column = tile // n_columns * ROWS, tile % n_columns * COLUMNS
         acc = gl.zeros((ROWS, COLUMNS), gl.float32, MMA)
         for depth in range(STEPS):
-            slot = step % STAGES
-            mbarrier.wait(arrived.index(slot), step // STAGES & 1)
-            acc = hopper.warpgroup_mma(
-                dy_tiles.index(slot), weight_tiles.index(slot), acc, use_acc=depth > 0, is_async=True
-            )
-            acc = hopper.warpgroup_mma_wait(1, [acc])
-            gl.thread_barrier()  # all warps have done with the step before, whose place is free now
+            acc = _step(dy, weight, step, depth, acc, n_tiles, n_columns, arrived, dy_tiles, weight_tiles, STEPS)
+            step += 1
             if depth == 0:
-                tma.store_wait(0)
+                tma.store_wait(0)  # of the tile before, from the same memory
                 gl.thread_barrier()
                 mbarrier.expect(has_inner, ROWS * COLUMNS * 2)
                 tma.async_copy_global_to_shared(inner, [row, column], has_inner, inner_tile)
-            _ask(dy, weight, step + STAGES - 1, first, n_tiles, n_columns, arrived, dy_tiles, weight_tiles, STEPS)
-            step += 1
         acc = hopper.warpgroup_mma_wait(0, [acc])
         columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
         bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
         mbarrier.wait(has_inner, parity)
         parity ^= 1
         x = inner_tile.load(MMA).to(gl.float32) + bias[None, :]
+        gate = _gate(x)
+        steep = x * (1.5957691216057308 + 0.21406443848094036 * (x * x))  # 2 x u'(x)
+        gradient = (acc * gate) * (steep * (1.0 - gate) + 1.0)
         gl.thread_barrier()
-        inner_tile.store(_gradient(acc, x).to(dtype))
+        inner_tile.store(gradient.to(dtype))
         hopper.fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dinner, [row, column], inner_tile)
