@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.cross_entropy.chunked import chunked_cross_entropy
+from hippos.ops.cross_entropy.chunked import chunked_cross_entropy, n_aligned
 
 
 @torch.library.custom_op("hippos::linear_cross_entropy", mutates_args=())
@@ -46,16 +46,16 @@ def _shapes(
     return (
         hidden.new_empty((), dtype=exact),
         hidden.new_empty(hidden.shape if wants_grad else (0,), dtype=dtype),
-        weight.new_empty(weight.shape if wants_grad else (0,), dtype=exact),
+        weight.new_empty((n_aligned(weight), weight.shape[1]) if wants_grad else (0,), dtype=exact),
     )
 
 
 @torch.library.custom_op("hippos::linear_cross_entropy_backward", mutates_args=())
 def linear_cross_entropy_backward_op(
-    d_hidden: Tensor, d_weight: Tensor, dloss: Tensor, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+    d_hidden: Tensor, d_weight: Tensor, dloss: Tensor, n_rows: int, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients times that of the loss."""
-    return _scaled(d_hidden, dloss, hidden_dtype), _scaled(d_weight, dloss, weight_dtype)
+    """Both gradients times that of the loss, and the first rows only of that of the weight."""
+    return _scaled(d_hidden, dloss, hidden_dtype), _scaled(d_weight[:n_rows], dloss, weight_dtype)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,10 +65,11 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @linear_cross_entropy_backward_op.register_fake
 def _backward_shapes(
-    d_hidden: Tensor, d_weight: Tensor, dloss: Tensor, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+    d_hidden: Tensor, d_weight: Tensor, dloss: Tensor, n_rows: int, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return d_hidden.new_empty(d_hidden.shape, dtype=hidden_dtype), d_weight.new_empty(
-        d_weight.shape, dtype=weight_dtype
+    return (
+        d_hidden.new_empty(d_hidden.shape, dtype=hidden_dtype),
+        d_weight.new_empty((n_rows, d_weight.shape[1]), dtype=weight_dtype),
     )
 
 
@@ -77,7 +78,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.rest = len(inputs[1]), inputs[0].dtype, inputs[1].dtype
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -85,7 +86,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None,) * 9
     if torch.is_grad_enabled():  # only then would this pass be recorded, and d_hidden taken for a constant
         raise UnsupportedError("linear_cross_entropy cannot be differentiated twice (create_graph=True)")
-    return (*linear_cross_entropy_backward_op(*ctx.saved_tensors, dloss, *ctx.dtypes), *[None] * 7)
+    return (*linear_cross_entropy_backward_op(*ctx.saved_tensors, dloss, *ctx.rest), *[None] * 7)
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)

@@ -35,14 +35,14 @@ def chunked_cross_entropy(
         use_kernel: Whether Triton makes the softmax.
 
     Returns:
-        The summed loss, its gradient in ``hidden`` (in ``dtype``) and in ``weight`` (float32 or float64).
+        The summed loss, its gradient in ``hidden`` (in ``dtype``), and that in ``weight`` (float32 or float64), followed
+        by the rows that fill it up, see `n_aligned`.
     """
     exact = torch.promote_types(dtype, torch.float32)
     rows = _aligned(weight, dtype)
     loss = hidden.new_zeros((), dtype=exact)
     d_hidden = torch.empty_like(hidden, dtype=dtype) if wants_grad else hidden.new_empty(0, dtype=dtype)
-    has_tokens = wants_grad and len(hidden) > 0
-    d_weight = weight.new_zeros(rows.shape if wants_grad and not has_tokens else (0,), dtype=exact)
+    d_weight = weight.new_zeros(rows.shape if wants_grad and len(hidden) == 0 else (0,), dtype=exact)
     for start in range(0, hidden.shape[0], chunk_tokens):
         piece = slice(start, start + chunk_tokens)
         x = hidden[piece].to(dtype)
@@ -55,18 +55,21 @@ def chunked_cross_entropy(
                 d_weight = product_in(d_logits.t(), x, exact)
             else:
                 _add_product(d_weight, d_logits.t(), x)
-    # A copy: what an operator gives must not be part of something larger.
-    return loss, d_hidden, d_weight if len(d_weight) in (0, len(weight)) else d_weight[: len(weight)].clone()
+    return loss, d_hidden, d_weight
+
+
+def n_aligned(weight: Tensor) -> int:
+    """Rows that products take: on a GPU filled up to a number that the fast ones do."""
+    return len(weight) + (-len(weight) % ALIGNMENT if weight.is_cuda else 0)
 
 
 def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows in ``dtype``; on a GPU filled up to a number that its fast products take, as rows that are no tokens."""
-    n_rows = weight.shape[0]
-    missing = -n_rows % ALIGNMENT if weight.is_cuda else 0
-    if not missing:
+    """The rows in ``dtype``, filled up by rows that are no tokens."""
+    n_rows = n_aligned(weight)
+    if n_rows == len(weight):
         return weight.to(dtype)
-    rows = weight.new_zeros(n_rows + missing, weight.shape[1], dtype=dtype)
-    rows[:n_rows] = weight
+    rows = weight.new_zeros(n_rows, weight.shape[1], dtype=dtype)
+    rows[: len(weight)] = weight
     return rows
 
 
