@@ -51,32 +51,34 @@ def saved_slots(lane, first, seqlen, SPAN: tl.constexpr, HAS_DOCUMENTS: tl.const
 
 
 # Sizes of which the programs need no special versions.
-UNSPECIALISED = ["n_heads", "head_dim", "n_total", "n_blocks", "n_items"]
+UNSPECIALISED = ["n_heads", "head_dim", "n_total", "n_blocks", "first_head", "n_slice", "n_items"]
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED[:4])
+@triton.jit(do_not_specialize=UNSPECIALISED[:6])
 def h3_heads_kernel(
     reduced_ptr, gate_ptr, kept_ptr, out_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
     initial_ptr, final_ptr, saved_ptr, cu_seqlens_ptr,
     reduced_stride_b, reduced_stride_c, gate_stride_b, gate_stride_c,
     kept_stride_b, kept_stride_c, out_stride_b, out_stride_c, state_stride_r, state_stride_k,
-    n_heads, head_dim, seqlen, n_total, n_blocks,
+    n_heads, head_dim, seqlen, n_total, n_blocks, first_head, n_slice,
     CHUNK: tl.constexpr, REDUCED: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr, MODES: tl.constexpr,
     SPAN: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, WANTS_FINAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, REVERSE: tl.constexpr,
+    IN_PLACE: tl.constexpr, HAS_INITIAL: tl.constexpr, WANTS_FINAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Out[k] = sum_r gate[r] * conv(K, reduced[r] * kept[k]) for one head, KEPT of its channels k, LANES sequences.
 
     With REVERSE the convolution is the adjoint one, backward in time. ``initial`` is the state before the first sample,
     ``final`` that after the last whole chunk; with REVERSE ``initial`` is the gradient of the latter and ``final`` that
     of the former: (n_total, H, P, P, MODES, 2), with the strides given along r and k. ``saved`` (SPAN > 0) takes the
-    state before every SPAN samples of each lane.
+    state before every SPAN samples of each lane. Programs have the ``n_slice`` heads from ``first_head`` on, of which
+    alone ``reduced`` has channels; IN_PLACE: it is the memory of ``out``.
     """
     ROWS: tl.constexpr = LANES * KEPT * REDUCED
     block = tl.program_id(0) % n_blocks
-    head = tl.program_id(0) // n_blocks % n_heads
-    group = tl.program_id(0) // n_blocks // n_heads
+    head = first_head + tl.program_id(0) // n_blocks % n_slice
+    group = tl.program_id(0) // n_blocks // n_slice
 
     decay_re, decay_im = load_parameter(decay_ptr, head, MODES, MODES)  # (1, MODES)
     taps_ptr += head * CHUNK
@@ -113,7 +115,8 @@ def h3_heads_kernel(
     is_row = (kept_place < head_dim) & (reduced_place < head_dim)
     kept_channel, reduced_channel = (head * head_dim + kept_place).to(tl.int64), head * head_dim + reduced_place
     reduced_channel = reduced_channel.to(tl.int64)
-    reduced_ptrs = reduced_ptr + (sequence * reduced_stride_b + reduced_channel * reduced_stride_c + first)[:, None]
+    present_channel = reduced_channel - first_head.to(tl.int64) * head_dim
+    reduced_ptrs = reduced_ptr + (sequence * reduced_stride_b + present_channel * reduced_stride_c + first)[:, None]
     gate_ptrs = gate_ptr + (sequence * gate_stride_b + reduced_channel * gate_stride_c + first)[:, None]
     kept_ptrs = kept_ptr + (sequence * kept_stride_b + kept_channel * kept_stride_c + first)[:, None]
     pair_at = reduced_place.to(tl.int64) * state_stride_r + kept_place.to(tl.int64) * state_stride_k
@@ -183,6 +186,8 @@ def h3_heads_kernel(
             acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
         out = tl.sum(tl.reshape(acc * gate, (LANES * KEPT, REDUCED, CHUNK)), axis=1)
         is_out = (times[None, :] < out_length[:, None]) & (out_place < head_dim)[:, None]
+        if IN_PLACE:
+            tl.debug_barrier()  # all threads have read what some of them write over
         tl.store(out_ptrs + times[None, :], out.to(out_ptr.dtype.element_ty), mask=is_out)
     if WANTS_FINAL:
         if REVERSE:

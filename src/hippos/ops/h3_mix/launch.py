@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
-from hippos.ops.h3_mix.launch_rows import h3_mix_rows_bwd, h3_mix_rows_fwd
+from hippos.ops.h3_mix.launch_rows import h3_mix_rows_bwd, h3_mix_rows_fwd, shift_rows, shift_rows_bwd
 from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes, takes_rows
 from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix, place_shift, shift_planes, window_len
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
@@ -17,6 +17,7 @@ from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.launch import ssm_conv_bwd, ssm_conv_fwd
 from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
 from hippos.ops.ssm_conv.launch_pieces import place_documents, states_between_pieces
+from hippos.ops.ssm_conv.launch_rows import place_rows
 from hippos.ops.ssm_conv.schedule import (
     Geometry,
     Pieces,
@@ -168,6 +169,9 @@ def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None
     (batch, d_model, seqlen), past = k.shape, inputs.past if n_taps > 1 else None
     if batch == 0:
         return key
+    if takes_rows(cu_seqlens, past, None):
+        schedule = backward_schedule(k.dtype, 1, k.device)
+        return shift_rows(inputs, place_rows(cu_seqlens, seqlen, schedule), schedule, key)
     head = next_power_of_two(n_taps - 1)  # the samples that the past reaches
     if past is not None and cu_seqlens is None and seqlen > head:
         # Looking for the past in every tile costs more than making the first keys once more.
@@ -196,6 +200,9 @@ def _shift_keys_bwd(
     """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; past keys left out."""
     k, shift_filter = inputs.k, inputs.shift_filter
     (batch, d_model, seqlen), n_taps = k.shape, shift_filter.shape[1]
+    if takes_rows(cu_seqlens, inputs.past if n_taps > 1 else None, None):
+        schedule = backward_schedule(k.dtype, 1, k.device)
+        return shift_rows_bwd(inputs, place_rows(cu_seqlens, seqlen, schedule), schedule, dkey, dk)
     dfilter, dskip = torch.empty_like(shift_filter), torch.empty_like(inputs.shift_d)
     schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
     chunk, window = schedule.chunk, window_len(schedule.chunk, n_taps)

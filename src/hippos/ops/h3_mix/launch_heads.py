@@ -30,6 +30,8 @@ from hippos.ops.ssm_conv.schedule import (
 )
 
 SPAN_CHUNKS = 16  # between saved states; the more channels a head has, the more chunks, as its states are larger
+MOST_EXTRA = 10  # shifted keys in memory at a time: at most this part of inputs and output, one in ten, but
+LEAST_PROGRAMS = 264  # for so many programs at a time
 PARAMETER_PROGRAMS = 264  # two for every multiprocessor; each keeps the states of a span
 
 
@@ -70,6 +72,11 @@ class _Passes(NamedTuple):
     modes: int
     n_lanes: int
 
+    @property
+    def tiles(self) -> HeadTiles:
+        """How pairs fill tiles."""
+        return place_heads(self.head_dim, self.n_lanes, self.schedule.rows)
+
     def convolve(
         self,
         reduced: Tensor,
@@ -83,29 +90,31 @@ class _Passes(NamedTuple):
         saved: Tensor | None = None,
         span: int = 0,
         is_reverse: bool = False,
+        heads: range | None = None,
     ) -> None:
         """Write sum_r gate[r] conv(K, reduced[r] kept[k]) into ``out``, signals (B, D, L); see `h3_heads_kernel`.
 
-        States run (i, j) over channels of keys and of values; ``sums_over_keys`` says which of them r is.
+        States run (i, j) over channels of keys and of values; ``sums_over_keys`` says which of them r is. Of
+        ``heads``, if they are given, ``reduced`` alone has channels, and the output gets those.
         """
         if self.n_lanes == 0:
             return
         schedule, (_, d_model, seqlen) = self.schedule, out.shape
         n_heads = d_model // self.head_dim
-        at = place_heads(self.head_dim, self.n_lanes, schedule.rows)
+        at, heads = self.tiles, range(n_heads) if heads is None else heads
         along_keys, along_values = self.head_dim * 2 * self.modes, 2 * self.modes
         operators = self.operators
-        h3_heads_kernel[(n_heads * at.n_blocks * at.n_groups,)](
+        h3_heads_kernel[(len(heads) * at.n_blocks * at.n_groups,)](
             reduced, gate, kept, out,
             operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
             *(operators.decay if x is None else x for x in (initial, final)), out if saved is None else saved,
             out if self.cu_seqlens is None else self.cu_seqlens,
             *reduced.stride()[:2], *gate.stride()[:2], *kept.stride()[:2], *out.stride()[:2],
             *((along_keys, along_values) if sums_over_keys else (along_values, along_keys)),
-            n_heads, self.head_dim, seqlen, self.n_lanes, at.n_blocks,
+            n_heads, self.head_dim, seqlen, self.n_lanes, at.n_blocks, heads.start, len(heads),
             CHUNK=schedule.chunk, REDUCED=at.reduced, KEPT=at.kept, LANES=at.lanes, MODES=self.modes, SPAN=span,
             PLANES=schedule.planes, IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
-            HAS_INITIAL=initial is not None, WANTS_FINAL=final is not None,
+            IN_PLACE=reduced is out, HAS_INITIAL=initial is not None, WANTS_FINAL=final is not None,
             HAS_DOCUMENTS=self.cu_seqlens is not None, REVERSE=is_reverse,
             num_warps=schedule.num_warps * (2 if at.reduced * at.kept * at.lanes > 64 else 1),
         )  # fmt: skip
@@ -128,9 +137,12 @@ def h3_heads_fwd(
     passes = _passes(inputs, cu_seqlens, head_dim)
     y = torch.empty_like(inputs.q)
     final = _states(inputs, passes) if wants_state else None
-    key = _shift_keys(inputs, torch.empty_like(inputs.k, dtype=key_dtype(inputs.k)), cu_seqlens)
     initial = None if inputs.initial_state is None else pad_modes(inputs.initial_state, passes.modes)
-    passes.convolve(key, inputs.q, inputs.v, y, sums_over_keys=True, initial=initial, final=final)
+    for heads in _slices(inputs, passes):
+        few = _channels_of(inputs, heads, head_dim)
+        key = y if _lies_in_output(inputs, passes) else torch.empty_like(few.k, dtype=key_dtype(few.k))
+        _shift_keys(few, key, cu_seqlens)
+        passes.convolve(key, inputs.q, inputs.v, y, sums_over_keys=True, initial=initial, final=final, heads=heads)
     state = torch.empty(0, device=y.device) if final is None else drop_padding(final, inputs.log_a.shape[1])
     return y, state
 
@@ -212,6 +224,38 @@ def _parameter_gradients(
         log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, splits, CHUNK=chunk, MODES=modes, HAS_D=True, num_warps=8
     )
     return dlog_a, db, dc, dd
+
+
+def _lies_in_output(inputs: MixInputs, passes: _Passes) -> bool:
+    """Whether shifted keys can lie where the output will: one program reads all keys of a head, before it writes."""
+    return passes.tiles.n_blocks == 1 and key_dtype(inputs.k) == inputs.q.dtype
+
+
+def _slices(inputs: MixInputs, passes: _Passes) -> list[range]:
+    """The heads whose shifted keys are in memory together.
+
+    All, if the keys lie where the output will, or where programs would be too few for a GPU otherwise.
+    """
+    n_heads, tiles = inputs.q.shape[1] // passes.head_dim, passes.tiles
+    if _lies_in_output(inputs, passes):
+        return [range(n_heads)]
+    signals = 4 * inputs.q.element_size()
+    n_slices = -(-key_dtype(inputs.k).itemsize * MOST_EXTRA // signals)
+    per_slice = -(-n_heads // n_slices)
+    if per_slice * tiles.n_blocks * tiles.n_groups < LEAST_PROGRAMS:
+        return [range(n_heads)]
+    return [range(first, min(first + per_slice, n_heads)) for first in range(0, n_heads, per_slice)]
+
+
+def _channels_of(inputs: MixInputs, heads: range, head_dim: int) -> MixInputs:
+    """The tensors that the shift SSM takes, of some heads."""
+    channels = slice(heads.start * head_dim, heads.stop * head_dim)
+    return inputs._replace(
+        k=inputs.k[:, channels],
+        shift_filter=inputs.shift_filter[channels],
+        shift_d=inputs.shift_d[channels],
+        past=None if inputs.past is None else inputs.past[:, channels],
+    )
 
 
 def _passes(inputs: MixInputs, cu_seqlens: Tensor | None, head_dim: int) -> _Passes:

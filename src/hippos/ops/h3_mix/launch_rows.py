@@ -24,7 +24,7 @@ from hippos.ops.ssm_conv.schedule import (
 
 FORWARD_LANES, BACKWARD_LANES = 4, 8
 BACKWARD_WARPS = 8  # for one program a multiprocessor: the sums of four would fill the registers of two
-SHIFT_WARPS = 4
+SHIFT_WARPS, SHIFT_STAGES = 4, 2
 
 
 def h3_mix_rows_fwd(
@@ -134,7 +134,7 @@ def shift_rows(inputs: MixInputs, rows: DocumentRows, schedule: Schedule, key: T
         inputs.k, key, inputs.shift_filter, inputs.shift_d, rows.places, inputs.k.stride(1), key.stride(1),
         seqlen, n_taps, n_tiles, n_items,
         CHUNK=chunk, WINDOW=window_len(chunk, n_taps), ROWS=schedule.rows, PLANES=shift_planes(inputs.k.dtype),
-        PRECISION=schedule.precision, IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS,
+        PRECISION=schedule.precision, IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS, num_stages=SHIFT_STAGES,
     )  # fmt: skip
     return key
 
@@ -152,7 +152,7 @@ def shift_rows_bwd(
         inputs.k, dkey, dk, inputs.shift_filter, inputs.shift_d, dshift, rows.places,
         inputs.k.stride(1), dkey.stride(1), dk.stride(1), seqlen, n_taps, n_tiles, n_items,
         CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, PRECISION=schedule.precision,
-        IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS,
+        IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS, num_stages=SHIFT_STAGES,
     )  # fmt: skip
     shift_filter_bwd_kernel[(d_model,)](
         dshift, dfilter, dskip, n_taps, parts, CHUNK=chunk, WINDOW=window, TAPS=next_power_of_two(n_taps), num_warps=8
