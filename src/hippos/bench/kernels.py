@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from hippos.bench.cases.fft_conv import FftSize, prepare_fft_conv
-from hippos.bench.cases.h3_mix import MixSize, prepare_h3_layer, prepare_h3_mix
+from hippos.bench.cases.h3_mix import MixSize, prepare_h3_layer, prepare_h3_mix, prepare_h3_mix_form
 from hippos.bench.cases.h3_mix_step import StepSize, prepare_h3_step
 from hippos.bench.cases.ssm_conv_kernel import KernelGoals, KernelSize, prepare_ssm_conv_growth, prepare_ssm_conv_kernel
 from hippos.bench.cases.ssm_filter import FilterSize, prepare_ssm_filter
@@ -77,15 +77,14 @@ H3_MIX_FORMS = Case(
     name="h3_mix_forms",
     title="The mixing of packed documents, and of heads of several channels",
     sizes=(
-        MixSize(1, 65536, doc_len=4096),
-        MixSize(1, 65536, doc_len=1000),
+        *(MixSize(1, 65536, doc_len=doc_len) for doc_len in (500, 1000, 4096, 8000)),
         *(MixSize(32, 2048, head_dim=head_dim) for head_dim in (2, 4, 8)),
         MixSize(8, 2048, head_dim=16),
         MixSize(2, 2048, head_dim=64),
         MixSize(1, 16384, doc_len=1000, head_dim=8),
     ),
     quick_sizes=(MixSize(1, 1000, d_model=64, doc_len=300), MixSize(2, 200, d_model=64, head_dim=4)),
-    prepare=partial(prepare_h3_mix, goals_ms={}, copy_ms=COPY_MS),
+    prepare=partial(prepare_h3_mix_form, most_of_whole=2.0),
     labels=("seqlen", "doc_len", "head_dim"),
     plan=Plan(warmup=2, rounds=7),
 )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hippos.bench.cases.extra_memory import extra_memory
 from hippos.bench.cases.replay import Work, copy_of_two, eager, replayed
 from hippos.bench.cases.ssm_conv import BOTH, FORWARD, draw_ssm
-from hippos.bench.harness import Context, Goal, Method, Workload
+from hippos.bench.harness import Context, Finding, Goal, Method, Workload
+from hippos.bench.harness.case import Samples
+from hippos.bench.harness.result import paired_ratio
 from hippos.layers import H3, CausalSelfAttention
 from hippos.ops import h3_mix
 
 COPY, OURS, EAGER, TORCH = "copy", "h3_mix", "h3_mix, eager", "h3_mix, PyTorch"
+WHOLE, WHOLE_LEN = "whole sequences", 4096
 LAYER, PROJECTIONS, ATTENTION = "H3 layer", "its four projections", "attention layer"
 # Channels are independent, so float64 is run for a few of them.
 CHECKED_CHANNELS = 4
@@ -52,7 +57,7 @@ def prepare_h3_mix(size: MixSize, context: Context, *, goals_ms: Mapping[int, fl
         The workload.
     """
     inputs, dout = _make_inputs(size, context)
-    options = {"head_dim": size.head_dim, "cu_seqlens": _offsets(size, context)}
+    options = _options(size, context)
     by_kernels, by_torch = partial(h3_mix, **options, impl="triton"), partial(h3_mix, **options, impl="torch")
     methods: dict[str, Method] = {
         COPY: replayed({FORWARD: copy_of_two(dout)}),
@@ -72,6 +77,47 @@ def prepare_h3_mix(size: MixSize, context: Context, *, goals_ms: Mapping[int, fl
             "counted": "the chunk operators are made from the SSM parameters in every call",
         },
     )
+
+
+def prepare_h3_mix_form(size: MixSize, context: Context, *, most_of_whole: float) -> Workload:
+    """Allocate packed documents or wide heads, beside as many tokens as whole sequences with heads of one channel.
+
+    Args:
+        size: The size.
+        context: Where it runs.
+        most_of_whole: Packed documents should take at most so many times as long as whole sequences.
+
+    Returns:
+        The workload.
+    """
+    workload = prepare_h3_mix(size, context, goals_ms={}, copy_ms=1.0)
+    inputs, _ = _make_inputs(size, context)
+    memory = extra_memory(partial(h3_mix, **_options(size, context), impl="triton"), inputs)
+    del inputs
+    seqlen = min(WHOLE_LEN, size.seqlen) if size.doc_len else size.seqlen
+    plain = replace(size, batch=size.batch * size.seqlen // seqlen, seqlen=seqlen, head_dim=1, doc_len=None)
+    whole = replayed(_passes(partial(h3_mix, impl="triton"), *_make_inputs(plain, context)))
+    is_packed = size.doc_len is not None and size.head_dim == 1
+    text = f"{{}} of packed documents at most {most_of_whole:g} times whole sequences'"
+    goals = tuple(
+        Goal(text.format(measure), slow=(OURS, measure), fast=(WHOLE, measure), at_most=most_of_whole)
+        for measure in (FORWARD, BOTH)
+    )
+    return replace(
+        workload,
+        methods={**workload.methods, WHOLE: whole},
+        goals=goals if is_packed else (),
+        findings=partial(_form_findings, memory=memory),
+        notes={**workload.notes, WHOLE: f"{plain.batch} of {plain.seqlen} tokens, heads of one channel"},
+    )
+
+
+def _form_findings(samples: Samples, *, memory: list[Finding]) -> list[Finding]:
+    shares = (
+        Finding(f"{measure}, over whole sequences'", paired_ratio(samples[OURS, measure], samples[WHOLE, measure]), "x")
+        for measure in (FORWARD, BOTH)
+    )
+    return [*shares, *memory]
 
 
 def prepare_h3_layer(size: MixSize, context: Context, *, goals_ms: Mapping[int, float], copy_ms: float) -> Workload:
@@ -137,6 +183,10 @@ def _make_inputs(size: MixSize, context: Context) -> tuple[tuple[Tensor, ...], T
     skip = torch.randn(size.d_model, generator=generator, device=device)
     parameters = draw_ssm(size.d_model // size.head_dim, size.d_state // 2, context)
     return tuple(x.requires_grad_() for x in (q, k, v, taps, skip, *parameters)), dout
+
+
+def _options(size: MixSize, context: Context) -> dict[str, Any]:
+    return {"head_dim": size.head_dim, "cu_seqlens": _offsets(size, context)}
 
 
 def _offsets(size: MixSize, context: Context) -> Tensor | None:
