@@ -35,8 +35,8 @@ def chunked_cross_entropy(
         use_kernel: Whether Triton makes the softmax.
 
     Returns:
-        The summed loss, its gradient in ``hidden`` (in ``dtype``), and that in ``weight`` (float32 or float64), followed
-        by the rows that fill it up, see `n_aligned`.
+        The summed loss, its gradient in ``hidden`` (in ``dtype``), and that in ``weight`` (float32 or float64) with the
+        rows that fill it up, see `n_aligned`.
     """
     exact = torch.promote_types(dtype, torch.float32)
     rows = _aligned(weight, dtype)
