@@ -13,6 +13,44 @@ def _of_three(which, offset_1, offset_2):
 
 
 @triton.jit
+def _widened(w, PERMUTES: tl.constexpr):
+    """Int8 values as float32.
+
+    The processor's own conversion of bytes is slow. With PERMUTES, value + 128 becomes the last byte of the float32
+    2^23, which is then 2^23 + 128 too large.
+    """
+    if PERMUTES:
+        shifted = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 t;
+                xor.b32 t, $4, 0x80808080;
+                prmt.b32 $0, t, 0x4B000000, 0x7540;
+                prmt.b32 $1, t, 0x4B000000, 0x7541;
+                prmt.b32 $2, t, 0x4B000000, 0x7542;
+                prmt.b32 $3, t, 0x4B000000, 0x7543;
+            }""",
+            "=f,=f,=f,=f,r",
+            [w],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+        return shifted - 8388736.0
+    return w.to(tl.float32)
+
+
+@triton.jit
+def _normed_token(x, w_ptrs, b_ptrs, mask, eps, K: tl.constexpr, MASKS_INPUTS: tl.constexpr):
+    mean = tl.sum(x, 0) / K
+    centred = tl.where(mask, x - mean, 0.0) if MASKS_INPUTS else x - mean
+    spread = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)
+    other = 0.0 if MASKS_INPUTS else None
+    norm_w = tl.load(w_ptrs, mask=mask, other=other).to(tl.float32)
+    norm_b = tl.load(b_ptrs, mask=mask, other=other).to(tl.float32)
+    return centred * spread * norm_w + norm_b
+
+
+@triton.jit
 def vector_linear_int8_kernel(
     x_ptr,
     w_ptr,
@@ -35,6 +73,8 @@ def vector_linear_int8_kernel(
     HAS_GELU: tl.constexpr,
     ADDS: tl.constexpr,
     MASKS_ROWS: tl.constexpr,
+    MASKS_INPUTS: tl.constexpr,
+    PERMUTES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -51,32 +91,37 @@ def vector_linear_int8_kernel(
     row = pid_n - which * N
     w_ptr += tl.multiple_of(_of_three(which, w_offset_1, w_offset_2), 16)
     offs_n = row + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    # Eight weights a thread at a time, as of the tokens: one layout for both, and no change between them.
+    offs_k = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_K), 8), 8)
     # Rows behind the last one read the last one, and are not stored.
     safe_n = tl.minimum(offs_n, N - 1) if MASKS_ROWS else offs_n
     w_ptrs = w_ptr + safe_n[:, None].to(tl.int64) * K + offs_k[None, :]
     # The weights are read before the kernel in front has ended: they don't depend on it.
-    w = tl.load(w_ptrs, mask=offs_k[None, :] < K, other=0, eviction_policy="evict_first")
+    if MASKS_INPUTS:
+        w = tl.load(w_ptrs, mask=offs_k[None, :] < K, other=0, eviction_policy="evict_first")
+    else:
+        w = tl.load(w_ptrs, eviction_policy="evict_first")
     scale = tl.load(s_ptr + _of_three(which, s_offset_1, s_offset_2) + safe_n)
     if HAS_BIAS:
         bias = tl.load(b_ptr + _of_three(which, b_offset_1, b_offset_2) + safe_n).to(tl.float32)
     if OVERLAPS:
         gdc_wait()
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in tl.static_range(0, K, BLOCK_K):
-        mask = k + offs_k < K
+        mask = k + offs_k < K if MASKS_INPUTS else None
         if k > 0:
-            w = tl.load(w_ptrs + k, mask=mask[None, :], other=0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + k + offs_k, mask=mask, other=0.0).to(tl.float32)
+            if MASKS_INPUTS:
+                w = tl.load(w_ptrs + k, mask=mask[None, :], other=0, eviction_policy="evict_first")
+            else:
+                w = tl.load(w_ptrs + k, eviction_policy="evict_first")
+        x = tl.load(x_ptr + k + offs_k, mask=mask, other=0.0 if MASKS_INPUTS else None).to(tl.float32)
         if HAS_NORM:
-            mean = tl.sum(x, 0) / K
-            centred = tl.where(mask, x - mean, 0.0)
-            spread = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)
-            norm_w = tl.load(norm_w_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-            norm_b = tl.load(norm_b_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-            x = centred * spread * norm_w + norm_b
+            x = _normed_token(x, norm_w_ptr + offs_k, norm_b_ptr + offs_k, mask, eps, K, MASKS_INPUTS)
             x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
+        product = _widened(w, PERMUTES) * x[None, :]
+        if k == 0:
+            acc = product
+        else:
+            acc += product
     y = tl.sum(acc, 1) * scale
     if HAS_BIAS:
         y += bias

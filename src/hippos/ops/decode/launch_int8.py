@@ -19,6 +19,7 @@ from hippos.ops.decode.launch_int8_hopper import (
     splits_of_inputs,
     takes_int8_hopper,
 )
+from hippos.ops.kernel_device import is_interpreted
 
 _MOST_STAGES = 6
 _WEIGHTS_OF_A_THREAD = 128  # that one token is multiplied by
@@ -61,6 +62,8 @@ def vector_linear_int8(
         HAS_GELU=gelu,
         ADDS=add_to is not None,
         MASKS_ROWS=n_rows % block_n != 0,
+        MASKS_INPUTS=n_inputs % block_k != 0,
+        PERMUTES=not is_interpreted(),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=4,
