@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hippos.ops.first_product import prepare_products
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
 from hippos.ops.h3_mix.layout import MixInputs, laid_out
 from hippos.ops.h3_mix.projected import N_PROJECTIONS, _product, takes_projected
-from hippos.ops.h3_mix.stacked import Projections, stack_projections
+from hippos.ops.h3_mix.stacked import Projections, row_sums, stack_projections
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.schedule import forward_schedule
@@ -119,11 +120,9 @@ class _Part(torch.autograd.Function):
         (batch, seqlen, _), d_model = u.shape, len(weights) // 4
         drows = dtokens.reshape(batch * seqlen, d_model)
         dbias = biases.new_empty(biases.shape)
-        # Before the products: cuBLAS warns where it is the first to use the GPU in a thread.
+        prepare_products(u.device)
         if dbias.numel() > 3 * d_model:
             torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
-        else:
-            u.new_zeros(1)
         dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
         behind = ctx.neighbours.gradient_behind(h3_initial_gradient(dout, product[0], layer[2], layer[4]))
         dproduct = u.new_empty(3, d_model, batch, seqlen)
@@ -134,7 +133,7 @@ class _Part(torch.autograd.Function):
             last += ctx.neighbours.key_gradient_behind(found[9]).transpose(0, 1).to(last.dtype)
         rows = dproduct.view(3 * d_model, batch * seqlen)
         if dbias.numel():
-            torch.sum(rows, 1, dtype=torch.float32, out=dbias[: 3 * d_model])
+            row_sums(rows, dbias[: 3 * d_model])
         du = (rows.t() @ weights[: 3 * d_model]).view(u.shape)
         dweight = product_in(rows, u.reshape(batch * seqlen, -1), ctx.dtype)
         dlast = product_in(drows.t(), y.transpose(0, 1).reshape(d_model, -1).t(), ctx.dtype)
