@@ -176,13 +176,6 @@ class GenerationState:
         for row, n_tokens in zip(targets, other.n_tokens, strict=True):
             self.n_tokens[row] = n_tokens
 
-    def with_room(self, context: int) -> GenerationState:
-        """The same state with room for ``context`` tokens in the attention layers; copies those only if it must."""
-        if self.context is None or self.context >= context:
-            return self
-        layers = [_grown(layer, context) if isinstance(layer, KeyValues) else layer for layer in self.layers]
-        return GenerationState(layers, self.lengths, self.n_tokens, self.hidden, self.seen, self.ring, model=self.model)
-
     def settle(self) -> None:
         """Bring the keys of the shift states into their order, oldest first from place 0, in place."""
         n_steps = int(self.ring)
@@ -217,16 +210,6 @@ def _parts(layer: LayerState) -> tuple[Tensor, ...]:
     if isinstance(layer, Tensor):
         return (layer,)
     return (layer.keys, layer.values) if isinstance(layer, KeyValues) else tuple(layer)
-
-
-def _grown(layer: KeyValues, context: int) -> KeyValues:
-    grown = []
-    for tensor in (layer.keys, layer.values):
-        batch, n_heads, room, head_dim = tensor.shape
-        more = tensor.new_zeros(batch, n_heads, context, head_dim)
-        more[:, :, :room] = tensor
-        grown.append(more)
-    return KeyValues(*grown)
 
 
 def n_bytes_of_row(model: Any, *, context: int) -> int:
