@@ -12,7 +12,7 @@ from torch import nn
 
 from hippos import H3Config, H3ForCausalLM
 from hippos.errors import UnsupportedError
-from hippos.generate import Generator, Sampling, generate, load_state, quantise_int8, save_state
+from hippos.generate import Generator, Sampling, generate, load_state, load_text_model, quantise_int8, save_state
 from hippos.generate import int8 as int8_module
 from hippos.generate.fused_step import FusedStep
 from hippos.generate.h3_decoder import H3Decoder
@@ -28,7 +28,7 @@ def as_on_a_gpu(monkeypatch):
     """Quantise on the CPU as elsewhere, with rounding of our own for torchao's, and multiply by unpacked weights."""
     monkeypatch.setattr("hippos.generate.int8.HAS_PRODUCT", False)
     monkeypatch.setattr("hippos.generate.int8_linear.HAS_PRODUCT", False)
-    monkeypatch.setattr(int8_module, "_require_torchao", lambda device: None)
+    monkeypatch.setattr(int8_module, "require_int8", lambda device: None)
     monkeypatch.setattr(int8_module, "_by_torchao", lambda weight: rounded_to_int8(weight.detach()))
 
 
@@ -61,6 +61,8 @@ def test_elsewhere_than_on_a_cpu_torchao_is_asked_for_by_name(random_h3):
     with pytest.raises(UnsupportedError, match=r"int8 weights on meta need torchao, .* pip install torchao"):
         quantise_int8(model)
     assert type(model.lm_head) is nn.Linear
+    with pytest.raises(UnsupportedError, match="pip install torchao"):
+        load_text_model("there is no such model", device="meta", int8=True)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -146,8 +148,8 @@ def test_torchao_rounds_and_changes_nothing_else(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "shape", "reason"),
     [
-        (torch.float32, (64, 64), "it needs tokens in bfloat16 or float16, got float32"),
-        (torch.bfloat16, (64, 100), "it needs widths that are multiples of 64, .* got 100"),
+        (torch.float32, (64, 64), "it needs .* or float16, got float32; open the model with dtype='bfloat16'$"),
+        (torch.bfloat16, (64, 100), "it needs widths that are multiples of 64, .* got 100$"),
     ],
 )
 def test_what_a_gpu_could_not_multiply_is_refused_by_name(monkeypatch, dtype, shape, reason):

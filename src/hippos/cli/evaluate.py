@@ -40,7 +40,7 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
     ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; on a GPU by torchao.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; a GPU takes torchao.")] = False,
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")
     ] = "auto",

@@ -33,15 +33,31 @@ def quantise_int8(model: Any) -> None:
     linears = {id(module): module for module in model.modules() if is_plain_linear(module)}
     if not linears:
         raise UnsupportedError(f"a {type(model).__name__} has no linear maps that could be int8")
-    by_torchao = model.device.type != "cpu" or not HAS_PRODUCT
+    require_int8(model.device)
+    by_torchao = _takes_torchao(model.device)
     if by_torchao:
-        _require_torchao(model.device)
         for name, linear in ((name, module) for name, module in model.named_modules() if id(module) in linears):
             _require_kernels(name, linear.weight)
     tied = _tied_embeddings(model) if by_torchao else []
     made = _replaced(model, linears, by_torchao=by_torchao)
     for parent, name in tied:
         setattr(parent, name, Int8Embedding(made[id(model.get_output_embeddings())]))
+
+
+def require_int8(device: torch.device) -> None:
+    """Raise unless a model's weights could become int8 on a device, for all that is known before there is a model.
+
+    Raises:
+        UnsupportedError: If it takes torchao, and that is not installed.
+    """
+    if _takes_torchao(device) and importlib.util.find_spec("torchao") is None:
+        raise UnsupportedError(
+            f"int8 weights on {device.type} need torchao, which is not installed: pip install torchao"
+        )
+
+
+def _takes_torchao(device: torch.device) -> bool:
+    return device.type != "cpu" or not HAS_PRODUCT
 
 
 def _replaced(model: Any, linears: dict[int, nn.Linear], *, by_torchao: bool) -> dict[int, Int8Linear]:
@@ -88,17 +104,11 @@ def _tied_embeddings(model: Any) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _require_torchao(device: torch.device) -> None:
-    if importlib.util.find_spec("torchao") is None:
-        raise UnsupportedError(
-            f"int8 weights on {device.type} need torchao, which is not installed: pip install torchao"
-        )
-
-
 def _require_kernels(name: str, weight: Tensor) -> None:
     """Raise where decode steps could not read the weight as int8; devices but CUDA's unpack it, and need nothing."""
     if weight.device.type != "cuda":
         return
     reason = why_not_int8(weight.device, weight.dtype, weight.shape[1])
     if reason is not None:
-        raise UnsupportedError(f"{name} cannot have int8 weights on {weight.device}: {reason}")
+        advice = "" if weight.dtype in (torch.bfloat16, torch.float16) else "; open the model with dtype='bfloat16'"
+        raise UnsupportedError(f"{name} cannot have int8 weights on {weight.device}: {reason}{advice}")

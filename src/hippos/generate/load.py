@@ -9,7 +9,7 @@ import torch
 
 from hippos.data.hub import first_line, is_hub_name, why_not_on_hub
 from hippos.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError
-from hippos.generate.int8 import quantise_int8
+from hippos.generate.int8 import quantise_int8, require_int8
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -40,7 +40,7 @@ def load_text_model(
         ConfigError: If ``dtype`` is none of these.
         CheckpointError: If there is no such model, or it cannot be opened.
         TokenizerError: If there is no tokenizer.
-        UnsupportedError: If the device is not there, or torchao for int8.
+        UnsupportedError: If the device is not there, or `quantise_int8` refuses.
     """
     from transformers import AutoTokenizer
 
@@ -49,6 +49,8 @@ def load_text_model(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place = find_device(device)
+    if int8:
+        require_int8(place)
     source = find_model(name)
     tokenizer_source = _find_tokenizer(source, tokenizer)
     try:
