@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippos.ops.decode.int8_weight import MOST_ROWS as MOST_ROWS_ON_GPU
-from hippos.ops.decode.int8_weight import Int8Weight, linear_step_int8, why_not_int8
+from hippos.ops.decode.int8_weight import Int8Weight, linear_step_int8, scaled, why_not_int8
 
 MOST_ROWS = 8
 """Tokens up to which a CPU reads the weights as they are; for more, one product of unpacked weights costs less."""
@@ -125,7 +125,7 @@ class Int8Embedding(_Int8Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids, shape (...), to (..., D)."""
-        return (F.embedding(ids, self.weight_int8) * self.scale[ids].unsqueeze(-1)).to(self.dtype)
+        return scaled(F.embedding(ids, self.weight_int8), self.scale[ids], self.dtype)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

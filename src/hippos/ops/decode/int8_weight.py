@@ -13,7 +13,7 @@ from hippos.errors import UnsupportedError
 from hippos.ops.decode.reference import add_norm_reference
 from hippos.ops.kernel_device import is_interpreted, why_not_device
 
-__all__ = ["MOST_ROWS", "Int8Weight", "linear_step_int8", "linear_step_int8_parts", "why_not_int8"]
+__all__ = ["MOST_ROWS", "Int8Weight", "linear_step_int8", "linear_step_int8_parts", "scaled", "why_not_int8"]
 
 MOST_ROWS = 64
 """Tokens up to which the kernels serve; for more, one product of unpacked weights costs less."""
@@ -35,9 +35,23 @@ class Int8Weight(NamedTuple):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight as a matrix, shape (D_out, D_in), rounded once."""
-        if dtype == torch.float64:
-            return self.values.double() * self.scale.double().unsqueeze(1)
-        return torch.mul(self.values, self.scale.unsqueeze(1)).to(dtype)
+        return scaled(self.values, self.scale, dtype)
+
+
+def scaled(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply int8 rows by a scale each, rounding once, and in one pass on a GPU.
+
+    Args:
+        rows: Shape (..., n), int8.
+        scale: Shape (...,), float32 or float64.
+        dtype: Of the result.
+
+    Returns:
+        Shape (..., n).
+    """
+    if dtype == torch.float64:
+        return rows.double() * scale.double().unsqueeze(-1)
+    return torch.mul(rows, scale.unsqueeze(-1), out=torch.empty_like(rows, dtype=dtype))
 
 
 def why_not_int8(device: torch.device, dtype: torch.dtype, n_inputs: int) -> str | None:
