@@ -4,7 +4,6 @@ import gc
 import importlib.util
 import weakref
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr("hippos.generate.int8.HAS_PRODUCT", False)
     monkeypatch.setattr("hippos.generate.int8_linear.HAS_PRODUCT", False)
     monkeypatch.setattr(int8_module, "require_int8", lambda device: None)
-    monkeypatch.setattr(int8_module, "_by_torchao", lambda weight: rounded_to_int8(weight.detach()))
+    monkeypatch.setattr(int8_module, "_by_torchao", rounded_to_int8)
 
 
 def make_model(*, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes) -> H3ForCausalLM:
@@ -125,6 +124,7 @@ def test_prompts_are_read_as_on_a_gpu(shape):
 @needs_torchao
 def test_torchao_rounds_and_changes_nothing_else(monkeypatch):
     monkeypatch.setattr("hippos.generate.int8.HAS_PRODUCT", False)
+    monkeypatch.setattr(int8_module, "_WEIGHTS_AT_ONCE", 50 * 128)  # not all rows of a weight
     model = make_model(dtype=torch.bfloat16)
     weights = {name: linear.weight for name, linear in model.named_modules() if isinstance(linear, nn.Linear)}
     precision = torch.get_float32_matmul_precision()
@@ -155,9 +155,9 @@ def test_torchao_rounds_and_changes_nothing_else(monkeypatch):
 def test_what_a_gpu_could_not_multiply_is_refused_by_name(monkeypatch, dtype, shape, reason):
     monkeypatch.setattr("hippos.ops.decode.int8_weight.why_not_device", lambda device: None)
     monkeypatch.setattr("hippos.ops.decode.int8_weight.is_interpreted", lambda: False)
-    weight = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape)
+    weight = torch.empty(shape, dtype=dtype, device="meta")
     with pytest.raises(UnsupportedError, match=f"layers.0.mlp.fc1 cannot have int8 weights on cuda: {reason}"):
-        int8_module._require_kernels("layers.0.mlp.fc1", weight)
+        int8_module._require_kernels("layers.0.mlp.fc1", weight, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -260,7 +260,8 @@ def test_a_captured_step_on_a_gpu_writes_what_steps_write(shape):
 
 @pytest.mark.gpu
 @needs_torchao
-def test_memory_on_a_gpu_falls_by_what_the_weights_lose():
+def test_memory_on_a_gpu_falls_by_what_the_weights_lose(monkeypatch):
+    monkeypatch.setattr(int8_module, "_WEIGHTS_AT_ONCE", 2**18)
     sizes = {"hidden_size": 1024, "vocab_size": 4096, "num_attention_heads": 8}
     before = torch.cuda.memory_allocated()
     model = make_model(dtype=torch.bfloat16, device="cuda", **sizes)
@@ -268,6 +269,15 @@ def test_memory_on_a_gpu_falls_by_what_the_weights_lose():
     quantise_int8(model)
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 0.52 * whole
+    moved = make_model(dtype=torch.bfloat16, **sizes)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    quantise_int8(moved, device=torch.device("cuda"))
+    assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"cuda"}
+    assert torch.cuda.max_memory_allocated() - held < 0.8 * whole
+    ids = torch.randint(199, (2, 9), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        assert torch.equal(moved(ids).logits, model(ids).logits)
 
 
 @pytest.mark.gpu

@@ -13,35 +13,42 @@ from hippos.generate.int8_linear import HAS_PRODUCT, Int8Embedding, Int8Linear, 
 from hippos.layers.projections import is_plain_linear
 from hippos.ops.decode.int8_weight import Int8Weight, why_not_int8
 
+_WEIGHTS_AT_ONCE = 2**24
 
-def quantise_int8(model: Any) -> None:
+
+def quantise_int8(model: Any, *, device: torch.device | None = None) -> None:
     """Make the weights of a model's linear maps int8, one scale a row, in place; they are only for inference then.
 
     What decides the result's quality stays as it is: SSM parameters and states, norms and biases. Each map becomes an
     `Int8Linear`, that to the vocabulary among them, and decode steps read the weights as they are. On a CPU PyTorch
     rounds and multiplies; elsewhere torchao rounds, and an embedding that is tied to the map to the vocabulary shares
-    its int8 weight. Without a reference to the old weights elsewhere, their memory is free afterwards.
+    its int8 weight. The memory of the old weights is free afterwards, unless somebody else refers to them.
 
     Args:
-        model: A causal language model of Transformers, on the device where it will run; on a CUDA device in bfloat16 or
-            float16, with maps whose inputs are multiples of 64.
+        model: A causal language model of Transformers; for a CUDA device in bfloat16 or float16, with maps whose inputs
+            are multiples of 64.
+        device: Where the whole model is, or moves; None: where it is. Weights move there one by one, to be rounded, so
+            that the device need not hold those that they come from.
 
     Raises:
-        UnsupportedError: If the model has no plain linear maps, or if it is not on a CPU and torchao is not installed,
+        UnsupportedError: If the model has no plain linear maps, or if it is not for a CPU and torchao is not installed,
             or if the kernels do not take its dtype, its widths or its GPU. The model is as it was then.
     """
+    place = model.device if device is None else device
     linears = {id(module): module for module in model.modules() if is_plain_linear(module)}
     if not linears:
         raise UnsupportedError(f"a {type(model).__name__} has no linear maps that could be int8")
-    require_int8(model.device)
-    by_torchao = _takes_torchao(model.device)
+    require_int8(place)
+    by_torchao = _takes_torchao(place)
     if by_torchao:
-        for name, linear in ((name, module) for name, module in model.named_modules() if id(module) in linears):
-            _require_kernels(name, linear.weight)
+        for name, module in model.named_modules():
+            if id(module) in linears:
+                _require_kernels(name, module.weight, place)
     tied = _tied_embeddings(model) if by_torchao else []
-    made = _replaced(model, linears, by_torchao=by_torchao)
+    made = _replaced(model, linears, place)
     for parent, name in tied:
         setattr(parent, name, Int8Embedding(made[id(model.get_output_embeddings())]))
+    model.to(place)
 
 
 def require_int8(device: torch.device) -> None:
@@ -60,7 +67,7 @@ def _takes_torchao(device: torch.device) -> bool:
     return device.type != "cpu" or not HAS_PRODUCT
 
 
-def _replaced(model: Any, linears: dict[int, nn.Linear], *, by_torchao: bool) -> dict[int, Int8Linear]:
+def _replaced(model: Any, linears: dict[int, nn.Linear], device: torch.device) -> dict[int, Int8Linear]:
     """Put maps in the places of others, one after the other, so that no more than one is there twice."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -70,8 +77,9 @@ def _replaced(model: Any, linears: dict[int, nn.Linear], *, by_torchao: bool) ->
     made: dict[int, Int8Linear] = {}
     for key in list(linears):
         linear = linears.pop(key)
-        weight = _by_torchao(linear.weight) if by_torchao else rounded_to_int8(linear.weight.detach())
-        quantised = Int8Linear(linear, weight)
+        moved = linear.weight.detach().to(device)
+        quantised = Int8Linear(linear, _by_torchao(moved) if _takes_torchao(device) else rounded_to_int8(moved))
+        del moved
         for parent, name in places[key]:
             setattr(parent, name, quantised)
         made[id(quantised)] = quantised
@@ -79,16 +87,23 @@ def _replaced(model: Any, linears: dict[int, nn.Linear], *, by_torchao: bool) ->
 
 
 def _by_torchao(weight: Tensor) -> Int8Weight:
+    """Round some rows at a time, in float32 as torchao does, which for all of a large vocabulary takes much memory."""
+    n_rows = max(_WEIGHTS_AT_ONCE // weight.shape[1], 1)
+    parts = [_rows_by_torchao(rows) for rows in torch.split(weight, n_rows)]
+    values, scales = zip(*parts, strict=True)
+    return Int8Weight(torch.cat(values), torch.cat(scales))
+
+
+def _rows_by_torchao(weight: Tensor) -> Int8Weight:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     # Its map is not the model's, so that whatever torchao does to a module is done to none that anyone keeps.
     carrier = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    carrier.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    holder = nn.Sequential(carrier)
+    carrier.weight = nn.Parameter(weight, requires_grad=False)
     # The compiler's settings are the user's.
-    quantize_(holder, Int8WeightOnlyConfig(set_inductor_config=False))
+    quantize_(nn.Sequential(carrier), Int8WeightOnlyConfig(set_inductor_config=False))
     quantised: Any = carrier.weight
-    return Int8Weight(quantised.qdata.contiguous(), quantised.scale.reshape(-1).float())
+    return Int8Weight(quantised.qdata, quantised.scale.reshape(-1).float())
 
 
 def _tied_embeddings(model: Any) -> list[tuple[nn.Module, str]]:
@@ -104,11 +119,11 @@ def _tied_embeddings(model: Any) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _require_kernels(name: str, weight: Tensor) -> None:
+def _require_kernels(name: str, weight: Tensor, device: torch.device) -> None:
     """Raise where decode steps could not read the weight as int8; devices but CUDA's unpack it, and need nothing."""
-    if weight.device.type != "cuda":
+    if device.type != "cuda":
         return
-    reason = why_not_int8(weight.device, weight.dtype, weight.shape[1])
+    reason = why_not_int8(device, weight.dtype, weight.shape[1])
     if reason is not None:
         advice = "" if weight.dtype in (torch.bfloat16, torch.float16) else "; open the model with dtype='bfloat16'"
-        raise UnsupportedError(f"{name} cannot have int8 weights on {weight.device}: {reason}{advice}")
+        raise UnsupportedError(f"{name} cannot have int8 weights on {device}: {reason}{advice}")

@@ -57,10 +57,10 @@ def load_text_model(
         opened = AutoTokenizer.from_pretrained(tokenizer_source)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"no tokenizer can be read from {tokenizer_source}: {first_line(error)}") from error
-    model = _open_model(source, dtype).to(place).eval()
+    model = _open_model(source, dtype).eval()
     if int8:
-        quantise_int8(model)
-    return model, opened
+        quantise_int8(model, device=place)
+    return model.to(place), opened
 
 
 def _open_model(source: str, dtype: str | torch.dtype) -> Any:
