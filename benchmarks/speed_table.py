@@ -1,15 +1,17 @@
-"""The README's table of speed, made from the newest results of the suite "kernels".
+"""The README's table and figure of speed, made from the newest results of one GPU.
 
-python benchmarks/speed_table.py            # print it
-python benchmarks/speed_table.py --write    # put it into the README
+python benchmarks/speed_table.py            # print the table
+python benchmarks/speed_table.py --write    # put it into the README, and draw docs/images/speed.svg
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 GPU = "nvidia-h100-80gb-hbm3"
@@ -56,8 +58,7 @@ def speed_table(results: Path) -> str:
 
 
 def _times(results: Path, case: str, method: str, seqlen: int) -> str:
-    newest = max(results.glob(f"{case}_{GPU}_*.json"), key=lambda path: path.stem[-8:])
-    (size,) = (size for size in json.loads(newest.read_text())["sizes"] if size["size"]["seqlen"] == seqlen)
+    (size,) = (size for size in _newest(results, case)["sizes"] if size["size"]["seqlen"] == seqlen)
     median_s = {row["measure"]: row["median_s"] for row in size["rows"] if row["method"] == method}
     measures = [measure for measure in ("forward", "forward + backward") if measure in median_s]
     return " / ".join(_milliseconds(median_s[measure] * 1e3) for measure in measures)
@@ -65,6 +66,102 @@ def _times(results: Path, case: str, method: str, seqlen: int) -> str:
 
 def _milliseconds(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _newest_file(results: Path, case: str) -> Path:
+    return max(results.glob(f"{case}_{GPU}_*.json"), key=lambda path: path.stem[-8:])
+
+
+def _newest(results: Path, case: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_newest_file(results, case).read_text())
+    return content
+
+
+def origin(results: Path) -> str:
+    """What the figure is made of: each result's name and the beginning of its SHA-256; the picture holds it too."""
+    files = [_newest_file(results, case) for case in DRAWN]
+    return ", ".join(f"{file.stem} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}" for file in files)
+
+
+def _points(result: dict[str, Any], axis: str, method: str, measure: str) -> dict[int, float]:
+    """Size -> median seconds of a method, over the sizes that have it."""
+    found = {
+        size["size"][axis]: row["median_s"]
+        for size in result["sizes"]
+        for row in size["rows"]
+        if (row["method"], row["measure"]) == (method, measure)
+    }
+    return dict(sorted(found.items()))
+
+
+DRAWN = ("h3_layer", "training_step", "generate_prompts", "generate_default_cache", "generate_batches")
+OURS, THEIRS, OLD = "#0f766e", "#b45309", "#a8a29e"
+
+
+def speed_figure(results: Path, path: Path) -> None:
+    """Draw what one GPU measured of a layer, of training and of writing, each beside a Transformer's.
+
+    Args:
+        results: The folder ``benchmarks/results``.
+        path: Where the picture goes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layer, training, writing, default, batches = (_newest(results, case) for case in DRAWN)
+    batches["sizes"] = [size for size in batches["sizes"] if size["size"]["batch"] == 64]
+    both, step, text = "forward + backward", "step", "prompt and all tokens"
+    slow = {
+        **_points(batches, "prompt_len", "GPT-2, default cache", text),
+        **_points(default, "prompt_len", "GPT-2, default cache", text),
+    }
+    with pyplot.rc_context({"svg.hashsalt": "hippos", "font.size": 10, "axes.titlesize": 10.5}):
+        figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
+        left.set_title("One layer, forward and backward,\n65,536 tokens, width 768")
+        left.set_ylabel("ms")
+        for name, method, colour in (("attention", "attention layer", THEIRS), ("H3", "H3 layer", OURS)):
+            points = _points(layer, "seqlen", method, both)
+            _line(left, name, {seqlen: points[seqlen] * 1e3 for seqlen in points if seqlen <= 32768}, colour)
+        middle.set_title("Training 125M,\n32,768 tokens a step")
+        middle.set_ylabel("thousand tokens/s")
+        for name, method, colour in (("GPT-2, compiled", "GPT-2 124M", THEIRS), ("hybrid H3", "H3 hybrid 125M", OURS)):
+            points = _points(training, "seqlen", method, step)
+            _line(middle, name, {seqlen: 32.768 / points[seqlen] for seqlen in points}, colour)
+        right.set_title("Writing with 1.3B, 128 tokens for each of\n64 prompts, reading included")
+        right.set_ylabel("thousand tokens/s")
+        rows = (
+            ("hybrid H3", _points(writing, "prompt_len", "H3, engine", text), OURS),
+            (
+                "GPT-2, compiled",
+                _points(writing, "prompt_len", "GPT-2, static cache + compile", text),
+                THEIRS,
+            ),
+            ("GPT-2, default cache", dict(sorted(slow.items())), OLD),
+        )
+        for name, points, colour in rows:
+            _line(right, name, {prompt: 8.192 / points[prompt] for prompt in points}, colour)
+        for axes, axis in ((left, "sequence length"), (middle, "sequence length"), (right, "prompt length")):
+            axes.set_xlabel(axis)
+            axes.set_ylim(bottom=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", alpha=0.25)
+        figure.savefig(path, metadata={"Date": None, "Description": origin(results)})
+        pyplot.close(figure)
+
+
+def _line(axes: Any, name: str, points: dict[int, float], colour: str) -> None:
+    """A line with its name at its end: left of it where it rises, else below, or above where it runs along the axis."""
+    sizes, values = list(points), list(points.values())
+    axes.set_xscale("log", base=2)
+    axes.plot(sizes, values, "o-", color=colour, linewidth=2, markersize=4)
+    axes.set_xticks(sizes, [f"{size // 1024}K" if size % 1024 == 0 else f"{size}" for size in sizes])
+    axes.xaxis.minorticks_off()
+    rises = values[-1] > 2 * values[0]
+    is_low = values[-1] < 3
+    offset = (-8, -3) if rises else (0, 8 if is_low else -16)
+    axes.annotate(name, (sizes[-1], values[-1]), xytext=offset, textcoords="offset points", color=colour, ha="right")
 
 
 def in_place(readme: str, table: str) -> str:
@@ -77,5 +174,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         path = ROOT / "README.md"
         path.write_text(in_place(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+        speed_figure(ROOT / "benchmarks/results", ROOT / "docs/images/speed.svg")
     else:
         print(made, end="")

@@ -140,6 +140,15 @@ def test_readme_has_the_newest_times():
     assert made["in_place"](readme.replace("0.", "1."), table).count(table) == 1
 
 
+def test_the_figure_of_speed_is_of_the_newest_times(tmp_path):
+    made = runpy.run_path(str(ROOT / "benchmarks/speed_table.py"))
+    origin = made["origin"](ROOT / "benchmarks/results")
+    shown = (ROOT / "docs/images/speed.svg").read_text(encoding="utf-8")
+    assert origin in shown, "run: python benchmarks/speed_table.py --write"
+    made["speed_figure"](ROOT / "benchmarks/results", tmp_path / "speed.svg")
+    assert origin in (tmp_path / "speed.svg").read_text(encoding="utf-8")
+
+
 def test_readme_points_at_files_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in target]
