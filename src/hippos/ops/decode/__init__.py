@@ -14,9 +14,11 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 from hippos.ops.decode.reference import (
+    Between,
     StepBooks,
     add_norm_reference,
     attention_step_reference,
+    between_reference,
     finish_step_reference,
     greedy_step_reference,
     linear_step_reference,
@@ -27,14 +29,18 @@ from hippos.ops.kernel_device import why_not_device
 __all__ = [
     "BIAS_COLUMNS",
     "MOST_ROWS",
+    "N_COUNTS",
+    "Between",
     "StepBooks",
     "add_norm",
     "attention_step",
+    "between_mixings",
     "finish_step",
     "greedy_step",
     "linear_step",
     "linear_step_parts",
     "norm_tokens",
+    "takes_between",
     "takes_kernels",
 ]
 
@@ -43,6 +49,9 @@ MOST_ROWS = 64
 
 BIAS_COLUMNS = 64
 """Columns that `norm_tokens` adds: one, and zeros up to what matrix products take at once."""
+
+N_COUNTS = 8
+"""Counts that `between_mixings` takes."""
 
 StepImpl = Literal["reference", "triton"]
 StepNorm = tuple[Tensor, Tensor, float]
@@ -164,6 +173,61 @@ def add_norm(
     from hippos.ops.decode.launch import add_norm_launch
 
     return add_norm_launch(x, parts, bias, norm_weight, norm_bias, eps)
+
+
+def takes_between(x: Tensor, d_ff: int, n_in: int) -> bool:
+    """Tell whether `between_mixings` has a kernel for tokens and weights that `takes_kernels` took.
+
+    Args:
+        x: Tokens, shape (B, D).
+        d_ff: Inner width M of the MLP.
+        n_in: Rows of all projections into the next mixing.
+    """
+    if x.device.type != "cuda":
+        return False
+    from hippos.ops.decode.launch_between import takes_between as takes_launch
+
+    return takes_launch(x, d_ff, n_in)
+
+
+def between_mixings(
+    mixed: Tensor,
+    x: Tensor,
+    maps: Between,
+    counts: Tensor,
+    next_counts: Tensor,
+    *,
+    impl: StepImpl = "triton",
+) -> Tensor:
+    """Take a few tokens from one mixing to the next, in one kernel whose programs wait for each other.
+
+    Args:
+        mixed: What the mixing gave, shape (B, D), contiguous.
+        x: The residual stream, shape (B, D), contiguous; both sums are added in place, but behind the last layer the
+            first one only.
+        maps: Weights and norms.
+        counts: `N_COUNTS` zeros, int32, where programs count who has come; used up.
+        next_counts: The counts of the next call, set to zero; of another call that may come before it has ended.
+        impl: "triton" or "reference", which looks at no counts.
+
+    Returns:
+        Queries, keys and values, shape (B, rows of the projections in), dtype of ``x``; behind the last layer parts
+        whose sum is the MLP's second product, shape (n, B, D), float32.
+
+    Raises:
+        UnsupportedError: If `takes_between` would say no.
+    """
+    if impl == "reference":
+        return between_reference(mixed, x, maps)
+    d_ff, n_in = maps.fc1[0].shape[0], sum(weight.shape[0] for weight in maps.weights_in)
+    if not takes_between(x, d_ff, n_in):
+        raise UnsupportedError(
+            f"the kernel between two mixings is for a Hopper GPU and widths that fill it, got tokens {tuple(x.shape)} "
+            f"on {x.device}, an inner width of {d_ff} and {n_in} rows of projections"
+        )
+    from hippos.ops.decode.launch_between import between_launch
+
+    return between_launch(mixed, x, maps, counts, next_counts)
 
 
 def finish_step(

@@ -28,6 +28,28 @@ class StepBooks(NamedTuple):
     ring: Tensor
 
 
+class Between(NamedTuple):
+    """What a decode step does between two mixings: a projection out of one, the MLP, projections into the next.
+
+    Attributes:
+        out: Weight, shape (D, D), and bias of the projection out.
+        norm: Weight, bias and epsilon of the LayerNorm before the MLP.
+        fc1: Weight, shape (M, D), and bias of the MLP's first map, which GELU (tanh form) follows.
+        fc2: Weight, shape (D, M), and bias of its second.
+        next_norm: The LayerNorm before the projections in; not looked at if there are none.
+        weights_in: Weights of the projections in, shape (D_in, D) each, one or three; none behind the last layer.
+        biases_in: Their biases.
+    """
+
+    out: tuple[Tensor, Tensor]
+    norm: tuple[Tensor, Tensor, float]
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+    next_norm: tuple[Tensor, Tensor, float]
+    weights_in: Sequence[Tensor]
+    biases_in: Sequence[Tensor]
+
+
 def linear_step_reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool) -> Tensor:
     """Arguments as in `linear_step`."""
     outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -42,6 +64,18 @@ def add_norm_reference(
     if parts is not None and bias is not None:
         x.copy_(x.float() + parts.sum(0) + bias.float())
     return F.layer_norm(x.float(), x.shape[1:], norm_weight.float(), norm_bias.float(), eps).to(x.dtype)
+
+
+def between_reference(mixed: Tensor, x: Tensor, maps: Between) -> Tensor:
+    """Arguments as in `between_mixings`."""
+    parts = (mixed.float() @ maps.out[0].float().t()).unsqueeze(0)
+    u = add_norm_reference(x, parts, maps.out[1], *maps.norm)
+    inner = linear_step_reference(u, [maps.fc1[0]], [maps.fc1[1]], gelu=True)
+    parts = (inner.float() @ maps.fc2[0].float().t()).unsqueeze(0)
+    if not maps.weights_in:
+        return parts
+    u = add_norm_reference(x, parts, maps.fc2[1], *maps.next_norm)
+    return linear_step_reference(u, maps.weights_in, maps.biases_in, gelu=False)
 
 
 def finish_step_reference(
