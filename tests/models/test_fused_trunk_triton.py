@@ -119,6 +119,20 @@ def test_packed_documents_in_the_interpreter(monkeypatch):
 
 
 @interpreted
+def test_the_embedding_sums_its_gradient_by_kernels_where_it_is_plain(monkeypatch):
+    model, ids = make(), torch.randint(31, (2, 20))
+    calls = []
+    embed = fused_trunk.embed
+    monkeypatch.setattr(fused_trunk, "embed", lambda *args: (calls.append(1), embed(*args))[1])
+    _, gradients = run(model, ids)
+    assert len(calls) == 1
+    model.model.embed_tokens.register_forward_hook(lambda *args: None)
+    _, wanted = run(model, ids)
+    assert len(calls) == 1
+    torch.testing.assert_close(gradients["model.embed_tokens.weight"], wanted["model.embed_tokens.weight"])
+
+
+@interpreted
 def test_frugal_blocks_keep_neither_norms_nor_gelus(monkeypatch):
     model, ids = make(), torch.randint(31, (2, 20))
     recompute_cheap_parts(model)

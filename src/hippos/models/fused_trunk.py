@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,28 @@ from hippos.models.block import H3Block, mix_ssm
 from hippos.models.context import mix_part
 from hippos.models.layout import TokenLayout
 from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
+from hippos.ops.embed import embed
 from hippos.ops.gelu_mlp import gelu_mlp
 from hippos.ops.precision import product_dtype
 from hippos.ops.tracing import has_values
 
-__all__ = ["run_fused_trunk", "run_mixer", "run_mlp", "takes_fused_trunk"]
+__all__ = ["embed_tokens", "run_fused_trunk", "run_mixer", "run_mlp", "takes_fused_trunk"]
+
+
+def embed_tokens(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """Call the module; in training, if it is plain, sum its gradient by kernels of our own where they run.
+
+    Args:
+        embedding: Of tokens.
+        ids: Shape (B, L).
+
+    Returns:
+        Shape (B, L, D).
+    """
+    if _is_plain_embedding(embedding) and embedding.training and torch.is_grad_enabled() and has_values(ids):
+        return embed(ids, embedding.weight)
+    rows: Tensor = embedding(ids)
+    return rows
 
 
 def takes_fused_trunk(blocks: Iterable[nn.Module], norm: nn.Module, stream: Tensor) -> bool:
@@ -151,6 +168,17 @@ def _is_plain_block(block: nn.Module) -> bool:
         and type(block.mlp) is MLP
         and _is_untouched(block.mlp)
         and all(is_plain_linear(linear) and linear.bias is not None for linear in (block.mlp.fc1, block.mlp.fc2))
+    )
+
+
+def _is_plain_embedding(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
+    return (
+        type(embedding) is nn.Embedding
+        and _is_untouched(embedding)
+        and type(embedding.weight) is nn.Parameter
+        and embedding.padding_idx is None
+        and embedding.max_norm is None
+        and not (embedding.scale_grad_by_freq or embedding.sparse)
     )
 
 

@@ -17,7 +17,7 @@ from hippos.models.block import H3Block
 from hippos.models.cache import adopt, check_batch
 from hippos.models.configuration_h3 import H3Config
 from hippos.models.context import ContextPart
-from hippos.models.fused_trunk import run_fused_trunk, takes_fused_trunk
+from hippos.models.fused_trunk import embed_tokens, run_fused_trunk, takes_fused_trunk
 from hippos.models.layout import find_first_tokens, lay_out, read_documents, read_padding
 from hippos.models.loss import chunked_next_token_loss, next_token_loss
 from hippos.models.pretrained_h3 import H3PreTrainedModel
@@ -119,7 +119,7 @@ class H3Model(H3PreTrainedModel):
         cu_seqlens = read_documents(tokens, *packing)
         past_key_values = self._choose_cache(use_cache, past_key_values, padding.is_right, cu_seqlens is not None)
 
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = embed_tokens(self.embed_tokens, tokens) if inputs_embeds is None else inputs_embeds
         layout = lay_out(
             self.config, hidden_states, attention_mask, position_ids, past_key_values, padding.real, cu_seqlens
         )
