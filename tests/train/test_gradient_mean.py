@@ -1,4 +1,4 @@
-"""Gradients averaged in one exchange: the mean, and runs whose passes no hook looks into."""
+"""Gradients averaged behind the passes: the mean, and runs whose passes no hook looks into."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.train import workers
 from tests.train.test_processes import STILL, assert_same_run
 
 
-def exchange(out: Path) -> None:
+def exchange(part_bytes: int, out: Path) -> None:
     """Average gradients of two processes, three times: of all parameters, of the first two, of the others."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     shapes = [((3, 5), torch.float32), ((7,), torch.float64), ((2,), torch.float32)]
     parameters = [nn.Parameter(torch.full(shape, float(rank + 1), dtype=dtype)) for shape, dtype in shapes]
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    mean = GradientMean([*parameters, frozen])
+    mean = GradientMean([*parameters, frozen], part_bytes)
     found: list[Any] = [[parameter.detach().clone() for parameter in parameters]]
     for trained in ((0, 1, 2), (0, 1), (1, 2)):
         for place, parameter in enumerate(parameters):
@@ -38,8 +38,9 @@ def exchange(out: Path) -> None:
         torch.save(found, out)
 
 
-def test_all_processes_get_the_mean(tmp_path: Path) -> None:
-    workers.run_workers(2, exchange, tmp_path / "found.pt", log=tmp_path / "log")
+@pytest.mark.parametrize("part_bytes", [1000, 60], ids=["at once", "in parts"])
+def test_all_processes_get_the_mean(tmp_path: Path, part_bytes: int) -> None:
+    workers.run_workers(2, exchange, part_bytes, tmp_path / "found.pt", log=tmp_path / "log")
     weights, first, second, third = torch.load(tmp_path / "found.pt")
     assert all(bool((weight == 1).all()) for weight in weights), "the first process's weights"
     assert [float(gradient.mean()) for gradient in first] == [0.5, 10.5, 20.5]
