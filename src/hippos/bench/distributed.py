@@ -36,7 +36,16 @@ SUITE = Suite(
         _case(
             "ddp_scaling",
             "DDP of the 125M hybrid, 32,768 tokens a GPU and step",
-            ScalingSize("ddp", {"preset": "125m"}, seqlen=2048, batch=16, bound=1.9, is_captured=True, steps=16),
+            ScalingSize(
+                "ddp",
+                {"preset": "125m"},
+                seqlen=2048,
+                batch=16,
+                bound=1.9,
+                is_compiled=False,  # its own kernels, as in `hippos train`
+                is_captured=True,
+                steps=16,
+            ),
             _quick("ddp", 1.9),
         ),
         _case(
@@ -54,7 +63,7 @@ SUITE = Suite(
                 seqlen=524_288,
                 batch=1,
                 bound=1.1,
-                is_compiled=False,  # its own kernels, with which exchanges are no break of a graph
+                is_compiled=False,
                 checkpoints_activations=True,
                 steps=1,
             ),
