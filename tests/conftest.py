@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,12 @@ LOCAL_GOLDEN = Path(__file__).parent / "golden"
 
 GoldenPath = Callable[[str], Path]
 Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that imports have made: it would look at it again, all through the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
