@@ -145,6 +145,7 @@ def gelu_product_bwd_hopper_kernel(
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
     SUMS: gl.constexpr = gl.BlockedLayout([ROWS // 2, COLUMNS // 128], [1, 32], [2, 4], [1, 0])
+    LATER: gl.constexpr = 2 if STEPS > 4 else 0
     dtype: gl.constexpr = dy.dtype
     n_columns = gl.cdiv(d_ff, COLUMNS)
     n_tiles = gl.cdiv(n_rows, ROWS) * n_columns
@@ -162,7 +163,7 @@ def gelu_product_bwd_hopper_kernel(
         for depth in range(STEPS):
             acc = _step(dy, weight, step, depth, acc, n_tiles, n_columns, arrived, dy_tiles, weight_tiles, STEPS)
             step += 1
-            if depth == 0:
+            if depth == LATER:
                 tma.store_wait(0)  # of the tile before, from the same memory
                 gl.thread_barrier()
                 mbarrier.expect(has_inner, ROWS * COLUMNS * 2)
