@@ -84,7 +84,7 @@ def run_backward(dy, weight, inner, bias, **options):
     return dinner, shares.sum(0)
 
 
-SIZES = [(48, 32, 64), (41, 20, 40), (16, 8, 16)]
+SIZES = [(48, 32, 64), (41, 44, 40), (16, 8, 16)]
 
 
 @pytest.mark.parametrize("n_programs", [1, 3, 12])
