@@ -17,7 +17,6 @@ from hippos.ops.h3_mix.layout import (
     dense_strides,
     laid_out,
     refuse_second_derivative,
-    takes_rows,
     with_unit_stride,
     without_gaps,
 )
@@ -98,7 +97,7 @@ def h3_mix_triton(
     n_past = shift_filter.shape[1] - 1
     # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
     layer = (shift_filter, shift_d, log_a, b)
-    has_rows = head_dim == 1 and takes_rows(cu_seqlens, past, initial)
+    has_rows = head_dim == 1 and cu_seqlens is not None
     choose = row_schedule if has_rows else forward_schedule
     chunk = choose(q.dtype, log_a.shape[1], q.device).chunk
     rest = q.shape[-1] % chunk
@@ -106,7 +105,7 @@ def h3_mix_triton(
         keys, values = last_samples(k, past, cu_seqlens, n_past + chunk), last_samples(v, None, cu_seqlens, chunk)
         begin, end = document_ends(cu_seqlens, q.shape[-1])
         left, recent = (end - begin) % chunk, keys[..., :n_past]
-        if has_rows:  # the state is that before the chunk with the last sample
+        if has_rows:  # the state is that before the chunk with the last sample, or before the first one
             left = torch.minimum(end - begin, (end - 1) % chunk + 1)
         diag = state_after_tail(diag, keys[..., n_past:], values, recent, *layer, left, head_dim)
     elif rest > 0:
@@ -137,7 +136,7 @@ def h3_mix_kernel_op(
     inputs = (q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state)
     if q.device.type != "cuda" and not is_interpreted():
         y, state = forward_without_kernels(*inputs, cu_seqlens, return_state)
-        return y, state, saved_states(q, log_a, cu_seqlens, past, initial_state).zero_() if saves_states else none(q)
+        return y, state, saved_states(q, log_a, cu_seqlens).zero_() if saves_states else none(q)
     from hippos.ops.h3_mix.launch import h3_mix_fwd
 
     tensors = MixInputs(*laid_out(inputs))
@@ -164,23 +163,15 @@ def _forward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty((n_sequences, *log_a.shape), dtype=torch.float32) if return_state else none(q)
-    saved = saved_states(q, log_a, cu_seqlens, past, initial_state) if saves_states else none(q)
-    return torch.empty_like(q), state, saved
+    return torch.empty_like(q), state, saved_states(q, log_a, cu_seqlens) if saves_states else none(q)
 
 
-def saved_states(
-    q: Tensor,
-    log_a: Tensor,
-    cu_seqlens: Tensor | None,
-    past: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> Tensor:
+def saved_states(q: Tensor, log_a: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Memory for the states that the backward pass starts from."""
-    if takes_rows(cu_seqlens, past, initial_state):
+    if cu_seqlens is not None:
         shape = row_saved_shape(q, log_a.shape[1], cu_seqlens.shape[0] - 1)
         return q.new_empty(shape, dtype=torch.float32)
-    n_docs = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_empty(saved_shape(q, log_a.shape[1], n_docs), dtype=saved_dtype(q.dtype))
+    return q.new_empty(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype))
 
 
 @torch.library.custom_op("hippos::h3_mix_kernel_backward", mutates_args=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hippos.ops.h3_mix.layout import MixGradients, takes_rows
+from hippos.ops.h3_mix.layout import MixGradients
 from hippos.ops.h3_mix.schedule import row_schedule
 from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, shift_conv_chunked, with_skip
 from hippos.ops.ssm_conv import kernel_fallback as diagonal
@@ -27,11 +27,11 @@ def forward_without_kernels(
     cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, laid out like ``q``, and the kernels' diagonal state (see `takes_rows`), or an empty tensor."""
+    """y, laid out like ``q``, and the kernels' diagonal state (see `h3_mix_fwd`), or an empty tensor."""
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     key = shift_conv_chunked(k, with_skip(shift_filter, shift_d), past, bounds)
     inputs = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    row_chunk = _row_chunk(q, log_a, cu_seqlens, past, initial_state)
+    row_chunk = row_schedule(q.dtype, log_a.shape[1], q.device).chunk
     y, state = diagonal.forward_without_kernels(inputs, cu_seqlens, return_state, row_chunk)
     return torch.empty_like(q).copy_(y), state
 
@@ -57,7 +57,7 @@ def backward_without_kernels(
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     key = shift_conv_chunked(k, taps, past, bounds)
     inputs = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    row_chunk = _row_chunk(q, log_a, cu_seqlens, past, initial_state)
+    row_chunk = row_schedule(q.dtype, log_a.shape[1], q.device).chunk
     dv, dlog_a, db, dc, dd, dkey, dq, dinitial = diagonal.backward_without_kernels(
         inputs, cu_seqlens, dout, dstate, row_chunk
     )
@@ -65,11 +65,3 @@ def backward_without_kernels(
     dq, dk, dv = (torch.empty_like(dout, dtype=dx.dtype).copy_(dx) for dx in (dq, dk, dv))
     dpast = diagonal.none(q) if dpast is None else dpast
     return dq, dk, dv, dfilter, dfilter[:, 0].clone(), dlog_a, db, dc, dd, dpast, dinitial
-
-
-def _row_chunk(
-    q: Tensor, log_a: Tensor, cu_seqlens: Tensor | None, past: Tensor | None, initial_state: Tensor | None
-) -> int | None:
-    """The chunks before which packed documents' states are taken, where the kernels read these as rows."""
-    has_rows = takes_rows(cu_seqlens, past, initial_state)
-    return row_schedule(q.dtype, log_a.shape[1], q.device).chunk if has_rows else None

@@ -55,29 +55,6 @@ def locate_rows(
 
 
 @triton.jit
-def locate_document_rows(
-    group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """As `locate_rows`, from a table (see `place_documents_kernel`); also each row's document and where that lies.
-
-    Whatever the offsets are, begin and end lie in the sequence.
-    """
-    rows = tl.arange(0, ROWS)
-    piece = group * PIECES + rows // TILE
-    offset = (tile * TILE + rows % TILE) * CHUNK
-    is_row = piece < n_total
-    start = tl.load(table_ptr + piece, mask=is_row, other=0) + offset
-    is_row &= offset < tl.load(table_ptr + n_total + piece, mask=is_row, other=0)
-    document = tl.load(table_ptr + 2 * n_total + piece, mask=is_row, other=0)
-    begin = tl.load(cu_seqlens_ptr + document, mask=is_row, other=0).to(tl.int64)
-    end = tl.load(cu_seqlens_ptr + document + 1, mask=is_row, other=0).to(tl.int64)
-    begin = tl.minimum(tl.maximum(begin, 0), seqlen).to(tl.int32)
-    end = tl.minimum(tl.maximum(end, begin), seqlen).to(tl.int32)
-    return start, is_row, document, begin, end
-
-
-@triton.jit
 def row_places(delta, stride_b, start, FIRST: tl.constexpr, COUNT: tl.constexpr, IS_WIDE: tl.constexpr):
     """Where the COUNT samples from FIRST after each row's start lie, from the tile's first sequence on."""
     rows = delta.to(tl.int64) * stride_b + start if IS_WIDE else delta * stride_b + start
@@ -98,10 +75,7 @@ def load_chunks(
     ptr, sequence, delta, stride_b, start, is_row, end, CHUNK: tl.constexpr, IS_FULL: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of a tile as rows, as they are in memory. IS_FULL promises samples everywhere.
-
-    ``end`` is that of the sequences, or of each row's document.
-    """
+    """The chunks of a tile as rows, as in memory, up to the end of sequences. IS_FULL promises samples everywhere."""
     at = (ptr + sequence * stride_b) + row_places(delta, stride_b, start, 0, CHUNK, IS_WIDE)
     if IS_FULL:
         return tl.load(at)
@@ -133,8 +107,7 @@ def load_windows(
 ):  # fmt: skip
     """The WINDOW samples up to the end of every row's chunk, those before ``begin`` from ``owner``'s past (or zeros).
 
-    ``begin`` and ``end`` are those of each row's sequence or document, as columns, or the same for all rows. A bias is
-    added to the sequences' own samples.
+    A bias is added to the sequences' own samples.
     """
     times = start[:, None] + (tl.arange(0, WINDOW) - (WINDOW - CHUNK))[None, :]
     at = (ptr + sequence * stride_b) + row_places(delta, stride_b, start, CHUNK - WINDOW, WINDOW, IS_WIDE)

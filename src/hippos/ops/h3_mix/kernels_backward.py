@@ -10,7 +10,6 @@ from hippos.ops.h3_mix.kernels import (
     load_chunks,
     load_shift_operator,
     load_windows,
-    locate_document_rows,
     locate_rows,
     row_places,
     split_operator,
@@ -20,34 +19,15 @@ from hippos.ops.ssm_conv.kernels import two_to
 
 
 @triton.jit
-def _locate_rows(
-    group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr, HAS_TABLE: tl.constexpr,
-):  # fmt: skip
-    """A tile's first sequence; each row's sequence after it, first sample, whether it is one, owner, begin and end."""
-    if HAS_TABLE:
-        start, is_row, owner, begin, end = locate_document_rows(
-            group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen, CHUNK, ROWS, TILE, PIECES
-        )
-        return (group * 0).to(tl.int64), start * 0, start, is_row, owner.to(tl.int64), begin, end
-    else:  # noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
-        sequence, delta, start, is_row = locate_rows(group, tile, n_total, 1, seqlen, CHUNK, ROWS, TILE, PIECES)
-        return sequence, delta, start, is_row, sequence + delta, start * 0, start * 0 + seqlen
-
-
-@triton.jit
 def shift_conv_kernel(
-    k_ptr, y_ptr, filter_ptr, skip_ptr, past_ptr, bias_ptr, table_ptr, cu_seqlens_ptr,
+    k_ptr, y_ptr, filter_ptr, skip_ptr, past_ptr, bias_ptr,
     k_stride_b, k_stride_c, y_stride_b, y_stride_c, past_stride_b, past_stride_c, past_stride_s,
     seqlen, n_taps, n_total, n_tiles, n_groups, n_items,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
     PLANES: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr,
-    HAS_TABLE: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
+    IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Y = conv(shift filter, k) + skip k for ``n_items`` tiles of one channel.
-
-    Pieces are whole sequences, or those of packed documents, whose places stand in a table.
-    """
+    """Y = conv(shift filter, k) + skip k for ``n_items`` tiles of one channel."""
     splits = tl.cdiv(n_groups * n_tiles, n_items)
     channel = tl.program_id(0) // splits
     first = (tl.program_id(0) % splits) * n_items
@@ -63,11 +43,9 @@ def shift_conv_kernel(
     bias = load_bias(bias_ptr, channel, HAS_BIAS)
     for item in tl.range(first, last):
         group, tile = item // n_tiles, item % n_tiles
-        sequence, delta, start, is_row, owner, begin, end = _locate_rows(
-            group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen, CHUNK, ROWS, TILE, PIECES, HAS_TABLE
-        )
+        sequence, delta, start, is_row = locate_rows(group, tile, n_total, 1, seqlen, CHUNK, ROWS, TILE, PIECES)
         windows = load_windows(
-            k_ptr, past_ptr, bias, sequence, delta, start, is_row, owner, begin[:, None], end[:, None], channel,
+            k_ptr, past_ptr, bias, sequence, delta, start, is_row, sequence + delta, 0, seqlen, channel,
             k_stride_b, past_stride_b, past_stride_c, past_stride_s, n_taps - 1,
             CHUNK, WINDOW, HAS_BIAS, HAS_PAST, IS_FULL, IS_WIDE,
         )  # fmt: skip
@@ -76,17 +54,16 @@ def shift_conv_kernel(
             key = tl.dot(windows, shift_rest, key, input_precision=PRECISION)
         if is_half:
             key *= two_to(-exponent)
-        store_chunks(y_ptr, key, sequence, delta, y_stride_b, start, is_row, end, CHUNK, IS_FULL, IS_WIDE)
+        store_chunks(y_ptr, key, sequence, delta, y_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
 
 
 @triton.jit
 def shift_conv_bwd_kernel(
-    k_ptr, dkey_ptr, dk_ptr, filter_ptr, skip_ptr, dshift_ptr, bias_ptr, table_ptr, cu_seqlens_ptr,
+    k_ptr, dkey_ptr, dk_ptr, filter_ptr, skip_ptr, dshift_ptr, bias_ptr,
     k_stride_b, k_stride_c, dkey_stride_b, dkey_stride_c, dk_stride_b, dk_stride_c,
     seqlen, n_taps, n_total, n_tiles, n_groups, n_items,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, IS_FULL: tl.constexpr,
-    IS_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of k from that of its shifted keys, and the sum over samples of that of the shift operator.
 
@@ -108,19 +85,17 @@ def shift_conv_bwd_kernel(
     dshift = tl.zeros((CHUNK, WINDOW), tl.float32)
     for item in tl.range(first, last):
         group, tile = item // n_tiles, item % n_tiles
-        sequence, delta, start, is_row, _, _, end = _locate_rows(
-            group, tile, table_ptr, cu_seqlens_ptr, n_total, seqlen, CHUNK, ROWS, TILE, PIECES, HAS_TABLE
-        )
+        sequence, delta, start, is_row = locate_rows(group, tile, n_total, 1, seqlen, CHUNK, ROWS, TILE, PIECES)
         at = (dkey_ptr + sequence * dkey_stride_b) + row_places(delta, dkey_stride_b, start, 0, WINDOW, IS_WIDE)
-        inside = is_row[:, None] & (start[:, None] + ahead[None, :] < end[:, None])
+        inside = is_row[:, None] & (start[:, None] + ahead[None, :] < seqlen)
         dkeys = tl.load(at, mask=inside, other=0.0)  # (ROWS, WINDOW)
-        k = load_chunks(k_ptr, sequence, delta, k_stride_b, start, is_row, end, CHUNK, IS_FULL, IS_WIDE)
+        k = load_chunks(k_ptr, sequence, delta, k_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         if HAS_BIAS:  # past the end too, where the gradients of all shifted keys that it could reach are zero
             k = (k.to(tl.float32) + bias).to(k_ptr.dtype.element_ty)
         dk = tl.dot(dkeys, shift, input_precision=PRECISION)
         if is_half:
             dk *= two_to(-exponent)
-        store_chunks(dk_ptr, dk, sequence, delta, dk_stride_b, start, is_row, end, CHUNK, IS_FULL, IS_WIDE)
+        store_chunks(dk_ptr, dk, sequence, delta, dk_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         dshift = tl.dot(tl.trans(k), dkeys, dshift, input_precision=PRECISION)
     at = dshift_ptr + program * (CHUNK * WINDOW) + cols[:, None] * WINDOW + ahead[None, :]
     tl.store(at, dshift)

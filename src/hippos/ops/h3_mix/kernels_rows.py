@@ -42,20 +42,31 @@ def load_key_windows(
 
 
 @triton.jit
+def load_entering(ptr, channel, owner, n_heads, first, last, n_samples, CHUNK: tl.constexpr):
+    """What documents bring along for their first ``n_samples`` samples, (n_docs, H, n_samples), in rows of theirs."""
+    place = tl.arange(0, CHUNK)[None, :] - first[:, None]
+    at = ptr + ((owner.to(tl.int64) * n_heads + channel) * n_samples)[:, None] + place
+    is_inside = (place >= 0) & (place < n_samples) & (tl.arange(0, CHUNK)[None, :] < last[:, None])
+    return tl.load(at, mask=is_inside, other=0.0)
+
+
+@triton.jit
 def h3_mix_rows_fwd_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, filter_ptr, skip_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
-    rows_ptr, owners_ptr, resets_ptr, state_ptr, saved_ptr,
+    rows_ptr, owners_ptr, resets_ptr, state_ptr, saved_ptr, past_ptr, entering_ptr, outputs_ptr,
     q_stride_c, k_stride_c, v_stride_c, y_stride_c, n_heads, seqlen, n_taps, n_tiles, never,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, MODES: tl.constexpr,
     SAVES: tl.constexpr, PLANES: tl.constexpr, SHIFT_PLANES: tl.constexpr, IS_SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, WANTS_STATE: tl.constexpr, IS_WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_PAST: tl.constexpr, HAS_INITIAL: tl.constexpr, WANTS_STATE: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Y = q * (conv(K, x) + d x), x = v * (conv(shift filter, k) + skip k), for one channel of all documents.
 
-    As `h3_mix_fwd_kernel` with rows in the place of chunks. Writes the state before the row in which each document
-    ends, (n_docs, H, MODES, 2), and for the backward pass that before each tile, (H, n_tiles, MODES,
-    2). IS_WHOLE promises a sequence of whole chunks; ``never`` is 0.
+    As `h3_mix_fwd_kernel` with rows in the place of chunks. ``past``, ``entering`` and ``outputs`` are what documents
+    bring along (entering.py). Writes the state before the row in which each document ends, if that is not its first,
+    (n_docs, H, MODES, 2), and for the backward pass that before each tile, (H, n_tiles, MODES, 2). IS_WHOLE promises a
+    sequence of whole chunks; ``never`` is 0.
     """
     ROWS: tl.constexpr = STEPS * LANES
     channel = tl.program_id(0)
@@ -103,12 +114,19 @@ def h3_mix_rows_fwd_kernel(
             key = tl.dot(windows, shift_rest, key, input_precision=PRECISION)
         if is_half:
             key *= two_to(-shift_exponent)
+        if HAS_PAST or HAS_INITIAL or WANTS_STATE:
+            owner = tl.load(owners_ptr + tile * ROWS + row)
+        if HAS_PAST:
+            key += load_entering(past_ptr, channel, owner, n_heads, first, last, n_taps - 1, CHUNK)
         x, x_exponent = scaled_operand(keep_document(key * value.to(tl.float32), first, last), into.dtype, IS_SCALED)
         w = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:
             w = tl.dot(x, into_rest, w, input_precision=PRECISION)
         if IS_SCALED:
             w = w * two_to(-x_exponent) * two_to(-into_exponent)
+        if HAS_INITIAL:
+            at = entering_ptr + ((owner.to(tl.int64) * n_heads + channel) * (2 * MODES))[:, None] + pairs
+            w += tl.load(at, mask=((first >= 0) & (last > 0))[:, None] & (pairs >= 0), other=0.0)
         w_re, w_im = tl.split(tl.reshape(w, (LANES, STEPS, MODES, 2)))
         # Zeros: nothing is read. Of 16 bits, as a load of 32 would be made in advance, through shared memory.
         zero_at = k_ptr + lane[:, None] * (2 * MODES) + modes
@@ -125,9 +143,8 @@ def h3_mix_rows_fwd_kernel(
 
         state = tl.reshape(tl.join(state_re, state_im), (ROWS, 2 * MODES))
         if WANTS_STATE:
-            owner = tl.load(owners_ptr + tile * ROWS + row)
             at = state_ptr + ((owner.to(tl.int64) * n_heads + channel) * (2 * MODES))[:, None] + pairs
-            tl.store(at, state, mask=is_end[:, None] & (pairs >= 0))
+            tl.store(at, state, mask=(is_end & (first < 0))[:, None] & (pairs >= 0))
         state_exponent = 0
         if IS_SCALED:
             # One accumulator serves both products, so the states' scale stays within 2**16 of the samples' scale.
@@ -147,4 +164,7 @@ def h3_mix_rows_fwd_kernel(
             acc = tl.dot(state, outof_rest, acc, input_precision=PRECISION)
         if IS_SCALED:
             acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
+        if HAS_INITIAL:
+            begins = tl.where(first >= 0, last, 0)
+            acc += load_entering(outputs_ptr, channel, owner, n_heads, first, begins, CHUNK, CHUNK)
         store_rows(y_ptr, acc * query.to(tl.float32), start, first, last)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hippos.ops.h3_mix.kernels import load_shift_operator, split_operator
-from hippos.ops.h3_mix.kernels_rows import load_key_windows
+from hippos.ops.h3_mix.kernels_rows import load_entering, load_key_windows
 from hippos.ops.h3_mix.kernels_scan import pass_states
 from hippos.ops.ssm_conv.kernels import (
     exponent_to_half,
@@ -31,11 +31,15 @@ from hippos.ops.ssm_conv.kernels_rows import (
 
 @triton.jit
 def shift_rows_kernel(
-    k_ptr, y_ptr, filter_ptr, skip_ptr, rows_ptr, k_stride_c, y_stride_c, seqlen, n_taps, n_tiles, n_items,
+    k_ptr, y_ptr, filter_ptr, skip_ptr, past_ptr, rows_ptr, owners_ptr, k_stride_c, y_stride_c,
+    n_channels, seqlen, n_taps, n_tiles, n_items,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
-    PLANES: tl.constexpr, PRECISION: tl.constexpr, IS_WHOLE: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, HAS_PAST: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Y = conv(shift filter, k) + skip k for ``n_items`` tiles of one channel of packed documents."""
+    """Y = conv(shift filter, k) + skip k for ``n_items`` tiles of one channel of packed documents.
+
+    ``past`` is what the keys before each document add to its first ones, (n_docs, D, N - 1).
+    """
     splits = tl.cdiv(n_tiles, n_items)
     channel = tl.program_id(0) // splits
     begin = (tl.program_id(0) % splits) * n_items
@@ -55,6 +59,9 @@ def shift_rows_kernel(
             key = tl.dot(windows, shift_rest, key, input_precision=PRECISION)
         if is_half:
             key *= two_to(-exponent)
+        if HAS_PAST:
+            owner = tl.load(owners_ptr + tile * ROWS + tl.arange(0, ROWS))
+            key += load_entering(past_ptr, channel, owner, n_channels, first, last, n_taps - 1, CHUNK)
         store_rows(y_ptr, key, start, first, last)
 
 
@@ -98,16 +105,18 @@ def _load_document(ptr, start, first, last, seqlen, CHUNK: tl.constexpr, IS_WHOL
 def h3_mix_rows_bwd_kernel(
     q_ptr, key_ptr, v_ptr, dout_ptr, dq_ptr, dkey_ptr, dv_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr, rows_ptr, owners_ptr, resets_ptr, saved_ptr, dstate_ptr,
-    dtoeplitz_ptr, dinto_ptr, doutof_ptr, ddecay_ptr,
+    entering_ptr, outputs_ptr, dentering_ptr, dtoeplitz_ptr, dinto_ptr, doutof_ptr, ddecay_ptr,
     q_stride_c, key_stride_c, v_stride_c, dout_stride_c, n_heads, seqlen, n_tiles, never,
     CHUNK: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, MODES: tl.constexpr, PLANES: tl.constexpr,
-    IS_SCALED: tl.constexpr, PRECISION: tl.constexpr, HAS_DSTATE: tl.constexpr, IS_WHOLE: tl.constexpr,
+    IS_SCALED: tl.constexpr, PRECISION: tl.constexpr, HAS_DSTATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, shifted keys and v, and of the operators, for one channel of all documents.
 
     As `ssm_conv_bwd_kernel` with keys as input gate and queries as output gate, but with rows in the place of chunks,
     and a tile's rows one after another, as in `h3_mix_rows_fwd_kernel`, which saved the state before each tile.
-    ``dstate`` is the gradient of the states that it returned. Outputs lie in memory as dout does; ``never`` is 0.
+    ``dstate`` is the gradient of the states that it returned, ``dentering`` that of ``entering``. Outputs lie in
+    memory as dout does; ``never`` is 0.
     """
     ROWS: tl.constexpr = STEPS * LANES
     channel = tl.program_id(0)
@@ -167,6 +176,13 @@ def h3_mix_rows_bwd_kernel(
 
         # Forward in time: the samples' states.
         v = unscaled(times_operator(x, into, into_rest, PLANES, PRECISION), x_exponent, into_exponent, IS_SCALED)
+        if HAS_DSTATE or HAS_INITIAL:
+            _, first, last, is_end = read_rows(rows_ptr, tile * ROWS + row, CHUNK)
+            owner = tl.load(owners_ptr + tile * ROWS + row)
+            state_at = ((owner.to(tl.int64) * n_heads + channel) * (2 * MODES))[:, None] + pairs[None, :]
+            is_first = ((first >= 0) & (last > 0))[:, None] & (pairs >= 0)[None, :]
+        if HAS_INITIAL:
+            v += tl.load(entering_ptr + state_at, mask=is_first, other=0.0)
         v_re, v_im = tl.split(tl.reshape(v, (LANES, STEPS, MODES, 2)))
         before_re, before_im = load_parameter(saved_ptr, tile, MODES, MODES)
         state_re, state_im, _, _ = pass_states(
@@ -181,10 +197,7 @@ def h3_mix_rows_bwd_kernel(
         w = unscaled(times_operator(dy, outof, outof_rest, PLANES, PRECISION), dy_exponent, outof_exponent, IS_SCALED)
         if HAS_DSTATE:
             # The state before a document's last row was read out: its gradient joins what the row sends back.
-            _, _, _, is_end = read_rows(rows_ptr, tile * ROWS + row, CHUNK)
-            owner = tl.load(owners_ptr + tile * ROWS + row).to(tl.int64)
-            at = dstate_ptr + ((owner * n_heads + channel) * (2 * MODES))[:, None] + pairs[None, :]
-            w += tl.load(at, mask=is_end[:, None] & (pairs >= 0)[None, :], other=0.0)
+            w += tl.load(dstate_ptr + state_at, mask=is_end[:, None] & (pairs >= 0)[None, :], other=0.0)
         w_re, w_im = tl.split(tl.reshape(w, (LANES, STEPS, MODES, 2)))
         dstate_re, dstate_im, carry_re, carry_im = pass_states(
             w_re, w_im, decay_re, -decay_im, carry_re, carry_im, zero_re, zero_im, STEPS, 1, LANES, resets, True, True
@@ -196,6 +209,8 @@ def h3_mix_rows_bwd_kernel(
         ddecay_re += tl.sum(dstate_re * half_re + dstate_im * half_im, axis=1)
         ddecay_im += tl.sum(dstate_im * half_re - dstate_re * half_im, axis=1)
         dstate = tl.reshape(tl.join(dstate_re, dstate_im), (ROWS, 2 * MODES))
+        if HAS_INITIAL:
+            tl.store(dentering_ptr + state_at, dstate, mask=is_first)
         if IS_SCALED:
             dstate_exponent = tl.minimum(dstate_exponent, exponent_to_half(peak_of(dstate)))
             dstate_exponent = tl.minimum(dstate_exponent, dy_exponent + tap_exponent - into_exponent + 16)
@@ -207,6 +222,9 @@ def h3_mix_rows_bwd_kernel(
             x, toeplitz, toeplitz_rest, state, tl.trans(outof), tl.trans(outof_rest),
             x_exponent, tap_exponent, state_exponent, outof_exponent, IS_SCALED, PLANES, PRECISION,
         )  # fmt: skip
+        if HAS_INITIAL:
+            begins = tl.where(first >= 0, last, 0)
+            y += load_entering(outputs_ptr, channel, owner, n_heads, first, begins, CHUNK, CHUNK)
         y *= load_whole_rows(dout_ptr, start, seqlen, CHUNK, IS_WHOLE, True).to(tl.float32)
         store_rows(dq_ptr, y, start, first, last)
         dx = convolve(

@@ -6,21 +6,18 @@ import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.h3_mix.entering import past_keys_adjoint
 from hippos.ops.h3_mix.kernels_backward import shift_conv_bwd_kernel, shift_conv_kernel, shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
 from hippos.ops.h3_mix.launch_rows import h3_mix_rows_bwd, h3_mix_rows_fwd, shift_rows, shift_rows_bwd
-from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes, takes_rows
+from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes
 from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix, place_shift, shift_planes, window_len
-from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, with_skip
-from hippos.ops.h3_mix.state import first_samples
 from hippos.ops.ssm_conv.chunked import Inputs
-from hippos.ops.ssm_conv.launch import ssm_conv_bwd, ssm_conv_fwd
+from hippos.ops.ssm_conv.launch import ssm_conv_bwd
 from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
-from hippos.ops.ssm_conv.launch_pieces import place_documents, states_between_pieces
+from hippos.ops.ssm_conv.launch_pieces import states_between_pieces
 from hippos.ops.ssm_conv.launch_rows import place_rows
 from hippos.ops.ssm_conv.schedule import (
-    Geometry,
-    Pieces,
     Schedule,
     backward_schedule,
     groups_per_program,
@@ -42,12 +39,13 @@ def h3_mix_fwd(
     schedule: Schedule | None = None,
     writes_back: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel, or, for packed documents with states, that of the shift SSM and those of `ssm_conv`.
+    """Run the forward kernel.
 
     Args:
         inputs: The tensors.
         cu_seqlens: Offsets of packed documents, contiguous, unchecked, or None.
-        wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor); see `takes_rows`.
+        wants_state: Return the diagonal state after the last whole chunk (otherwise an empty tensor);
+            of packed documents see `h3_mix_rows_fwd`.
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
         writes_back: Overwrite q and v by their sums with the bias, as the backward pass needs them.
@@ -55,14 +53,8 @@ def h3_mix_fwd(
     Returns:
         y, laid out in memory like ``q``; the state, shape (B or n_docs, D, M, 2); the saved states.
     """
-    if takes_rows(cu_seqlens, inputs.past, inputs.initial_state):
-        return h3_mix_rows_fwd(inputs, cu_seqlens, wants_state=wants_state, saves_states=saves_states)
     if cu_seqlens is not None:
-        key = _shift_keys(inputs, torch.empty_like(inputs.q, dtype=key_dtype(inputs.k)), cu_seqlens)
-        diag = Inputs(inputs.v, *inputs[5:9], key, inputs.q, inputs.initial_state)
-        # They lie where the output will, if they can: every sample of theirs is read before its output is written.
-        y = key if key.dtype == inputs.q.dtype else torch.empty_like(inputs.q)
-        return ssm_conv_fwd(diag, cu_seqlens, wants_state=wants_state, saves_states=saves_states, y=y)
+        return h3_mix_rows_fwd(inputs, cu_seqlens, wants_state=wants_state, saves_states=saves_states)
     q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state, bias = inputs
     (batch, n_heads, seqlen), device = q.shape, q.device
     n_modes, n_taps = log_a.shape[1], shift_filter.shape[1]
@@ -138,29 +130,18 @@ def h3_mix_bwd(
         The gradients; those of signals laid out like ``dout``.
     """
     q, _, v, _, _, log_a, b, c, d, past, initial_state, _ = inputs
-    if takes_rows(cu_seqlens, past, initial_state):
+    if cu_seqlens is not None:
         return h3_mix_rows_bwd(inputs, cu_seqlens, dout, dstate, saved, joint=joint)
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
-    key = _shift_keys(inputs, dk, cu_seqlens)
+    key = _shift_keys(inputs, dk)
     diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(diag, cu_seqlens, dout, dstate, saved, du=dv, dout_gate=dq)
-    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key, cu_seqlens)  # in the place of the shifted keys
+    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(diag, None, dout, dstate, saved, du=dv, dout_gate=dq)
+    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key)  # in the place of the shifted keys
     dpast = torch.empty(0, device=q.device)
     if past is not None:
-        dpast, dfilter, dskip = _past_gradient(inputs, dkey, dfilter, dskip, cu_seqlens)
+        dpast, more, more_skip = past_keys_adjoint(dkey, past, inputs.shift_filter, inputs.shift_d, None)
+        dfilter, dskip = dfilter + more, dskip + more_skip
     return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
-
-
-def _past_gradient(
-    inputs: MixInputs, dkey: Tensor, dfilter: Tensor, dskip: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the past keys, and those of the shift SSM's parameters with what the past adds to them."""
-    past, taps = inputs.past, with_skip(inputs.shift_filter, inputs.shift_d)
-    n_samples = max(1, taps.shape[1] - 1)  # those that the past reaches
-    head = dkey[..., :n_samples] if cu_seqlens is None else first_samples(dkey, cu_seqlens, n_samples)
-    head = head.float()
-    _, more, dpast = shift_conv_adjoint(torch.zeros_like(head), taps, past, None, head)
-    return torch.empty(0, device=dkey.device) if dpast is None else dpast, dfilter + more, dskip + more[:, 0]
 
 
 def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -169,27 +150,26 @@ def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None
     (batch, d_model, seqlen), past = k.shape, inputs.past if n_taps > 1 else None
     if batch == 0:
         return key
-    if takes_rows(cu_seqlens, past, None):
+    if cu_seqlens is not None:
         schedule = backward_schedule(k.dtype, 1, k.device)
         return shift_rows(inputs, place_rows(cu_seqlens, seqlen, schedule), schedule, key)
     head = next_power_of_two(n_taps - 1)  # the samples that the past reaches
-    if past is not None and cu_seqlens is None and seqlen > head:
+    if past is not None and seqlen > head:
         # Looking for the past in every tile costs more than making the first keys once more.
         _shift_keys(inputs._replace(past=None), key)
         _shift_keys(inputs._replace(k=k[..., :head]), key[..., :head])
         return key
-    schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
-    table = _table_of(k, cu_seqlens, pieces)
+    schedule, pieces, at, n_items, parts = place_shift(k.dtype, *k.shape, k.device)
     shift_conv_kernel[(d_model * parts,)](
-        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past, *_key_bias(inputs), *table,
+        k, key, inputs.shift_filter, inputs.shift_d, k if past is None else past, *_key_bias(inputs),
         *k.stride()[:2], *key.stride()[:2], *((0, 0, 0) if past is None else past.stride()),
         seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
         CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps), ROWS=schedule.rows,
         TILE=at.steps * at.segments, PIECES=at.pieces,
         PLANES=shift_planes(k.dtype), PRECISION=schedule.precision,
         HAS_BIAS=inputs.bias is not None, HAS_PAST=past is not None,
-        HAS_TABLE=pieces.has_table, IS_FULL=is_full(pieces, at, seqlen),
-        IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)), num_warps=_warps(pieces),
+        IS_FULL=is_full(pieces, at, seqlen),
+        IS_WIDE=is_wide(at, seqlen, k.stride(0), key.stride(0)), num_warps=4,
     )  # fmt: skip
     return key
 
@@ -200,22 +180,22 @@ def _shift_keys_bwd(
     """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; past keys left out."""
     k, shift_filter = inputs.k, inputs.shift_filter
     (batch, d_model, seqlen), n_taps = k.shape, shift_filter.shape[1]
-    if takes_rows(cu_seqlens, inputs.past if n_taps > 1 else None, None):
+    if cu_seqlens is not None:
         schedule = backward_schedule(k.dtype, 1, k.device)
         return shift_rows_bwd(inputs, place_rows(cu_seqlens, seqlen, schedule), schedule, dkey, dk)
     dfilter, dskip = torch.empty_like(shift_filter), torch.empty_like(inputs.shift_d)
-    schedule, pieces, at, n_items, parts = _place_shift(k, cu_seqlens)
+    schedule, pieces, at, n_items, parts = place_shift(k.dtype, *k.shape, k.device)
     chunk, window = schedule.chunk, window_len(schedule.chunk, n_taps)
     dshift = torch.empty(d_model * parts, chunk, window, device=k.device)
     if batch > 0:
         shift_conv_bwd_kernel[(d_model * parts,)](
-            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_key_bias(inputs), *_table_of(k, cu_seqlens, pieces),
+            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_key_bias(inputs),
             *k.stride()[:2], *dkey.stride()[:2], *dk.stride()[:2],
             seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
             CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, TILE=at.steps * at.segments, PIECES=at.pieces,
-            PRECISION=schedule.precision, HAS_BIAS=inputs.bias is not None, HAS_TABLE=pieces.has_table,
+            PRECISION=schedule.precision, HAS_BIAS=inputs.bias is not None,
             IS_FULL=is_full(pieces, at, seqlen),
-            IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)), num_warps=_warps(pieces),
+            IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)), num_warps=4,
         )  # fmt: skip
     shift_filter_bwd_kernel[(d_model,)](
         dshift, dfilter, dskip, n_taps, parts,
@@ -227,20 +207,6 @@ def _shift_keys_bwd(
 def _key_bias(inputs: MixInputs) -> tuple[Tensor]:
     """The bias of the keys, (D,), or anything where there is none."""
     return (inputs.shift_d if inputs.bias is None else inputs.bias[1],)
-
-
-def _place_shift(k: Tensor, cu_seqlens: Tensor | None) -> tuple[Schedule, Pieces, Geometry, int, int]:
-    return place_shift(k.dtype, *k.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.device)
-
-
-def _warps(pieces: Pieces) -> int:
-    """Twice as many for documents, whose samples are read one by one: their addresses fill the registers of four."""
-    return 8 if pieces.has_table else 4
-
-
-def _table_of(k: Tensor, cu_seqlens: Tensor | None, pieces: Pieces) -> tuple[Tensor, Tensor]:
-    """The places of packed documents' pieces, and the offsets; anything where there are none."""
-    return (k, k) if cu_seqlens is None else (place_documents(cu_seqlens, k.shape[-1], pieces), cu_seqlens)
 
 
 def key_dtype(k: Tensor) -> torch.dtype:

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.h3_mix.entering import past_keys_adjoint
 from hippos.ops.h3_mix.kernels_heads import h3_heads_kernel, h3_heads_parameters_kernel
 from hippos.ops.h3_mix.launch import (
-    _past_gradient,
     _shift_keys,
     _shift_keys_bwd,
     key_dtype,
@@ -178,7 +178,8 @@ def h3_heads_bwd(
     dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key, cu_seqlens)  # in the place of the shifted keys
     dpast = torch.empty(0, device=q.device)
     if past is not None:
-        dpast, dfilter, dskip = _past_gradient(inputs, dkey, dfilter, dskip, cu_seqlens)
+        dpast, more, more_skip = past_keys_adjoint(dkey, past, inputs.shift_filter, inputs.shift_d, cu_seqlens)
+        dfilter, dskip = dfilter + more, dskip + more_skip
     dinitial = torch.empty(0, device=q.device) if dinitial is None else drop_padding(dinitial, log_a.shape[1])
     return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
 

@@ -1,15 +1,17 @@
-"""Launch the GPU programs of `h3_mix` for packed documents that start from no state, as rows."""
+"""Launch the GPU programs of `h3_mix` for packed documents, as rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hippos.ops.h3_mix.entering import enter, enter_adjoint, past_keys, past_keys_adjoint
 from hippos.ops.h3_mix.kernels_backward import shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_rows import h3_mix_rows_fwd_kernel
 from hippos.ops.h3_mix.kernels_rows_backward import h3_mix_rows_bwd_kernel, shift_rows_bwd_kernel, shift_rows_kernel
 from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes
 from hippos.ops.h3_mix.schedule import row_saved_shape, row_schedule, shift_planes, window_len
+from hippos.ops.h3_mix.state import document_ends
 from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel
 from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
 from hippos.ops.ssm_conv.launch_rows import DocumentRows, place_rows
@@ -33,15 +35,16 @@ def h3_mix_rows_fwd(
     """Run the forward kernel on packed documents.
 
     Args:
-        inputs: As in `h3_mix_fwd`, without states and biases.
+        inputs: As in `h3_mix_fwd`, without biases.
         cu_seqlens: Offsets of the documents, contiguous, unchecked.
-        wants_state: Return the diagonal state before the chunk in which each document ends (otherwise an empty tensor).
+        wants_state: Return the diagonal state before the chunk in which each document ends, or before its first sample
+            if that is later (otherwise an empty tensor).
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
 
     Returns:
         y, laid out in memory like ``q``; the state, shape (n_docs, D, M, 2); the saved states.
     """
-    q, k, v, shift_filter, shift_d, log_a, b, c, d, *_ = inputs
+    q, k, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state, _ = inputs
     (_, n_heads, seqlen), device = q.shape, q.device
     n_modes, n_taps, n_docs = log_a.shape[1], shift_filter.shape[1], cu_seqlens.shape[0] - 1
     schedule = row_schedule(q.dtype, n_modes, device)
@@ -50,15 +53,21 @@ def h3_mix_rows_fwd(
     rows = place_rows(cu_seqlens, seqlen, schedule)
     y = torch.empty_like(q)
     state = torch.zeros((n_docs, n_heads, modes, 2) if wants_state else (0,), device=device)
+    if wants_state and initial_state is not None:
+        state[..., :n_modes, :] = initial_state
+    keys = past_keys(past, shift_filter, shift_d) if past is not None and n_taps > 1 else None
+    entering = None if initial_state is None else enter(inputs, initial_state, cu_seqlens, chunk, modes)
     shape = row_saved_shape(q, n_modes, n_docs)
     saved = torch.empty(shape if saves_states else (0,), device=device)
     h3_mix_rows_fwd_kernel[(n_heads,)](
         q, k, v, y, shift_filter, shift_d,
         operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
-        *rows, state, saved, q.stride(1), k.stride(1), v.stride(1), y.stride(1), n_heads, seqlen, n_taps, shape[2], 0,
+        *rows, state, saved, y if keys is None else keys, *((y, y) if entering is None else entering),
+        q.stride(1), k.stride(1), v.stride(1), y.stride(1), n_heads, seqlen, n_taps, shape[2], 0,
         CHUNK=chunk, WINDOW=window_len(chunk, n_taps), STEPS=schedule.rows // FORWARD_LANES, LANES=FORWARD_LANES,
         MODES=modes, SAVES=saves_states, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
-        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision, WANTS_STATE=wants_state,
+        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
+        HAS_PAST=keys is not None, HAS_INITIAL=entering is not None, WANTS_STATE=wants_state,
         IS_WHOLE=seqlen % chunk == 0, num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
     )  # fmt: skip
     return y, drop_padding(state, n_modes), saved
@@ -86,7 +95,7 @@ def h3_mix_rows_bwd(
     Returns:
         The gradients; those of signals laid out like ``dout``.
     """
-    q, _, v, _, _, log_a, b, c, d, *_ = inputs
+    q, _, v, shift_filter, shift_d, log_a, b, c, d, past, initial_state, _ = inputs
     (_, n_heads, seqlen), n_modes, device = q.shape, log_a.shape[1], q.device
     schedule = backward_schedule(q.dtype, n_modes, device)
     schedule = with_exact_products(schedule) if seqlen < FEW_SAMPLES else schedule
@@ -95,25 +104,42 @@ def h3_mix_rows_bwd(
     rows = place_rows(cu_seqlens, seqlen, schedule)
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
     key, dkey = shift_rows(inputs, rows, schedule, dk), torch.empty_like(dout, dtype=dk.dtype)
-    dstate = None if dstate is None else pad_modes(dstate, modes)
+    last = None if dstate is None else pad_modes(dstate, modes)
+    entering = None if initial_state is None else enter(inputs, initial_state, cu_seqlens, chunk, modes)
+    dentering = None if entering is None else torch.zeros_like(entering.states)
     shapes = ((chunk, chunk), (chunk, modes, 2), (chunk, modes, 2), (modes, 2))
     partial = [torch.empty(n_heads, *shape, device=device) for shape in shapes]
     h3_mix_rows_bwd_kernel[(n_heads,)](
         q, key, v, dout, dq, dkey, dv,
         operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
-        *rows, saved, saved if dstate is None else dstate, *partial,
+        *rows, saved, saved if last is None else last,
+        *((saved, saved) if entering is None else entering), saved if dentering is None else dentering, *partial,
         q.stride(1), key.stride(1), v.stride(1), dout.stride(1), n_heads, seqlen, saved.shape[2], 0,
         CHUNK=chunk, STEPS=schedule.rows // BACKWARD_LANES, LANES=BACKWARD_LANES, MODES=modes, PLANES=schedule.planes,
-        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision, HAS_DSTATE=dstate is not None,
-        IS_WHOLE=seqlen % chunk == 0, num_warps=BACKWARD_WARPS,
+        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision, HAS_DSTATE=last is not None,
+        HAS_INITIAL=entering is not None, IS_WHOLE=seqlen % chunk == 0, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     dlog_a, db, dc, dd = (torch.empty_like(x) for x in (log_a, b, c, d))
     chunk_operators_bwd_kernel[(n_heads,)](
         log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, 1, CHUNK=chunk, MODES=modes, HAS_D=True, num_warps=8
     )
     dk, dfilter, dskip = shift_rows_bwd(inputs, rows, schedule, dkey, key)  # in the place of the shifted keys
-    none = torch.empty(0, device=device)
-    return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, none, none.clone()
+    dpast, dinitial = torch.empty(0, device=device), torch.empty(0, device=device)
+    if past is not None:
+        dpast, more, more_skip = past_keys_adjoint(dkey, past, shift_filter, shift_d, cu_seqlens)
+        dfilter, dskip = dfilter + more, dskip + more_skip
+    if initial_state is not None and dentering is not None:
+        dinitial, more, dreaders = enter_adjoint(inputs, initial_state, cu_seqlens, chunk, dentering, dout)
+        dlog_a, dc = dlog_a + more, dc + dreaders
+        if dstate is not None:  # of documents that end in the chunk that they begin in
+            dinitial = dinitial + torch.where(_end_at_once(cu_seqlens, seqlen, chunk), dstate, 0.0)
+    return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
+
+
+def _end_at_once(cu_seqlens: Tensor, seqlen: int, chunk: int) -> Tensor:
+    """Whether each document has its first and last sample in one chunk, or none, (n_docs, 1, 1, 1)."""
+    begin, end = document_ends(cu_seqlens, seqlen)
+    return ((end - 1) // chunk <= begin // chunk).view(-1, 1, 1, 1)
 
 
 def shift_rows(inputs: MixInputs, rows: DocumentRows, schedule: Schedule, key: Tensor) -> Tensor:
@@ -130,11 +156,14 @@ def shift_rows(inputs: MixInputs, rows: DocumentRows, schedule: Schedule, key: T
     """
     (_, d_model, seqlen), n_taps, chunk = inputs.k.shape, inputs.shift_filter.shape[1], schedule.chunk
     n_tiles, n_items, parts = _share_tiles(rows, d_model, schedule)
+    past = inputs.past if n_taps > 1 else None
+    keys = None if past is None else past_keys(past, inputs.shift_filter, inputs.shift_d)
     shift_rows_kernel[(d_model * parts,)](
-        inputs.k, key, inputs.shift_filter, inputs.shift_d, rows.places, inputs.k.stride(1), key.stride(1),
-        seqlen, n_taps, n_tiles, n_items,
+        inputs.k, key, inputs.shift_filter, inputs.shift_d, key if keys is None else keys, rows.places, rows.owners,
+        inputs.k.stride(1), key.stride(1), d_model, seqlen, n_taps, n_tiles, n_items,
         CHUNK=chunk, WINDOW=window_len(chunk, n_taps), ROWS=schedule.rows, PLANES=shift_planes(inputs.k.dtype),
-        PRECISION=schedule.precision, IS_WHOLE=seqlen % chunk == 0, num_warps=SHIFT_WARPS, num_stages=SHIFT_STAGES,
+        PRECISION=schedule.precision, HAS_PAST=keys is not None, IS_WHOLE=seqlen % chunk == 0,
+        num_warps=SHIFT_WARPS, num_stages=SHIFT_STAGES,
     )  # fmt: skip
     return key
 

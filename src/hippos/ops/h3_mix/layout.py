@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -78,12 +78,3 @@ def pad_modes(state: Tensor, modes: int) -> Tensor:
 def drop_padding(state: Tensor, n_modes: int) -> Tensor:
     """Undo `pad_modes`, of a state that may be empty."""
     return state if state.dim() < 2 or state.shape[-2] == n_modes else state[..., :n_modes, :].contiguous()
-
-
-def takes_rows(cu_seqlens: Tensor | None, past: Tensor | None, initial_state: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the kernels of one-channel heads read packed documents as rows (ssm_conv/kernels_rows.py).
-
-    They do where documents start from no state: a state would have to enter in the middle of a chunk. The state that
-    comes out of them is then that before the chunk, of the sequence, in which each document ends.
-    """
-    return cu_seqlens is not None and past is None and initial_state is None

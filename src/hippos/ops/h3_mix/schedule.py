@@ -13,7 +13,6 @@ from hippos.ops.ssm_conv.schedule import (
     Schedule,
     backward_schedule,
     count_row_tiles,
-    document_pieces,
     forward_pieces,
     forward_schedule,
     groups_per_program,
@@ -79,11 +78,11 @@ def folds_bias(
 
 @lru_cache
 def place_shift(
-    dtype: torch.dtype, batch: int, d_model: int, seqlen: int, n_docs: int | None, device: torch.device
+    dtype: torch.dtype, batch: int, d_model: int, seqlen: int, device: torch.device
 ) -> tuple[Schedule, Pieces, Geometry, int, int]:
     """Sizes for the shift SSM alone, pieces and their place in tiles, the tiles of a program, programs a channel."""
     schedule = backward_schedule(dtype, 1, device)
-    pieces = Pieces(batch, 1, seqlen) if n_docs is None else document_pieces(n_docs, seqlen, dtype, 1, device)
+    pieces = Pieces(batch, 1, seqlen)
     at = place(pieces, schedule, has_segments=True)
     n_tiles = at.n_groups * at.n_tiles
     n_items = groups_per_program(d_model, n_tiles, schedule.programs)
