@@ -21,7 +21,7 @@ Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over all that imports have made: it would look at it again, all through the tests."""
+    """Let the garbage collector pass over all that imports have made: it would look at it again in every test."""
     gc.collect()
     gc.freeze()
 

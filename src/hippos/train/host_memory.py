@@ -47,7 +47,7 @@ def check_fits_on_host(model: PreTrainedModel, config: TrainConfig, micro_batch_
     if _PEAK * needed <= free:
         return None
     divisors = [size for size in range(1, micro_batch_size) if micro_batch_size % size == 0]
-    n_fitting = bisect.bisect_right(divisors, free, key=lambda size: _PEAK * (_needed_bytes(model, config, size) or 0))
+    n_fitting = bisect.bisect_right(divisors, free / _PEAK, key=lambda size: _needed_bytes(model, config, size) or 0)
     advice = "not even one would for certain: a shorter data.seqlen or a smaller model takes less"
     if n_fitting:
         size = divisors[n_fitting - 1]
