@@ -159,7 +159,10 @@ class RunTrainer(CheckpointingTrainer):
         self._reads_late = self.args.device.type == "cuda" and not is_sharded(model)
         if not processes.is_alone:
             seed_process(config.optim.seed, processes, first_step)
-        if self._uses_graph and not processes.is_alone:
+        is_sharing = self._context_size > 1 and config.run.parallel == "ddp" and processes.share_a_machine
+        if (self._uses_graph and not processes.is_alone) or is_sharing:
+            # Processes that share sequences wait for each other in every layer: exchanges by DDP's hooks would then lie
+            # on multiprocessors that a layer could use.
             self._mean = GradientMean(model.parameters())
         if is_sharded(model) or self._mean is not None:
             # Accelerate would wrap it in DDP (and replace sharded parameters); like this it adds autocast alone.

@@ -85,7 +85,7 @@ class Training:
         self.mean: GradientMean | None = None
         self.graph: GraphedPasses | None = None
         is_captured = size.is_captured and device.type == "cuda"
-        if is_together and is_captured:
+        if is_together and (is_captured or size.parallel == "context"):  # as in `hippos train`
             self.mean = GradientMean(model.parameters())
         elif is_together and size.parallel != "fsdp":
             ids = [device.index] if device.type == "cuda" else None

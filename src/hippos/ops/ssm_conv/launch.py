@@ -217,8 +217,10 @@ def ssm_conv_bwd(
         later = states_between_pieces(dout, out_gate, log_a, operators, None, table, pieces, schedule,
                                       dstate=dstate, whole=whole, is_reverse=True, is_planar=True)  # fmt: skip
     if tiles is not None:
-        if later is None and dstate is not None:  # of the state after the last sample, as all chunks are whole
-            later = dstate.transpose(-1, -2).contiguous()
+        if dstate is not None:  # of the state after the last sample, as all chunks are whole
+            behind = dstate.transpose(-1, -2)
+            later = torch.empty_like(behind, memory_format=torch.contiguous_format) if later is None else later
+            torch.unflatten(later, 0, (batch, -1))[:, -1].copy_(behind)
         partial, splits = launch_hopper_backward(
             tiles, inputs, operators, dout, saved, later, (du, din, dgate), (dlog_a, db, dc, dd)
         )

@@ -80,7 +80,7 @@ def boundary_state_kernel(
 
     rows = tl.arange(0, ROWS)
     total_re, total_im = tl.zeros((ROWS, MODES), tl.float32), tl.zeros((ROWS, MODES), tl.float32)
-    for step in tl.range(0, n_tiles):
+    for step in tl.range(0, n_tiles, num_stages=1):
         tile = n_tiles - 1 - step  # the farthest first
         start = (tile * SPAN if REVERSE else seqlen - (tile + 1) * SPAN) + rows * CHUNK
         times = start[:, None] + tl.arange(0, CHUNK)[None, :]

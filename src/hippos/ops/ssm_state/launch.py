@@ -69,13 +69,15 @@ def _sum_samples(
         return total
     n_taps = 1 if shift is None else shift[0].shape[1]
     past = past if n_taps > 1 else None
+    # The windows of float32 keys, in three parts each, are what shared memory has to hold.
+    rows = min(schedule.rows, 32) if signal.dtype == torch.float32 else schedule.rows
     gated, (taps, skip) = signal if gate is None else gate, shift or (log_a, log_a)
     boundary_state_kernel[(n_heads, batch)](
         signal, gated, operator, operators.exponents, log_a, taps, skip, gated if past is None else past,
         log_a if bias is None else bias, total,
         *signal.stride()[:2], *gated.stride()[:2], *((0, 0, 0) if past is None else past.stride()),
         n_heads, n_modes, seqlen, n_taps,
-        CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps), ROWS=schedule.rows,
+        CHUNK=schedule.chunk, WINDOW=window_len(schedule.chunk, n_taps), ROWS=rows,
         MODES=schedule.padded_modes(n_modes), SHIFT_PLANES=shift_planes(signal.dtype),
         IS_SCALED=operator.dtype == torch.float16, PRECISION=schedule.precision, REACH=REACH,
         HAS_GATE=gate is not None, HAS_SHIFT=shift is not None, HAS_PAST=past is not None, HAS_BIAS=bias is not None,
