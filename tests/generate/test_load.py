@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def test_checkpoint_takes_the_tokenizer_of_its_run(folder, tmp_path, tokenizer):
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no model: there is no config.json in it"):
         find_model(str(tmp_path))
+
+
+def test_run_that_has_not_finished(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "run.json").write_text("{}")
+    load_text_model(str(run))
+    (run / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"run holds a run that has neither finished nor saved a checkpoint$"):
+        load_text_model(str(run))
+    shutil.copytree(folder, run / "checkpoint-7")
+    with pytest.raises(CheckpointError, match=r"holds no finished model, only checkpoints .*checkpoint-7 is the last"):
+        load_text_model(str(run))
 
 
 def test_file_instead_of_a_folder(tmp_path):

@@ -17,6 +17,12 @@ from tests.train.left import QUIET, losses, names
 class TestFolder:
     """Whose the folder is."""
 
+    def test_a_file_is_no_folder(self, tiny: TrainConfig, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("mine")
+        with pytest.raises(TrainingError, match=r"run is a file: a run wants a folder"):
+            train(tiny, tmp_path / "run", progress=QUIET)
+        assert (tmp_path / "run").read_text() == "mine"
+
     def test_second_run_in_the_folder_is_refused(self, finished: TrainResult, tiny: TrainConfig) -> None:
         before = names(finished.run)
         with pytest.raises(TrainingError, match=r"already holds a run.*hippos train --resume --out .*--overwrite"):

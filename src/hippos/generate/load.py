@@ -116,8 +116,9 @@ def find_model(name: str) -> str:
 
 
 def _check_holds_model(folder: Path) -> None:
-    """Raise unless ``config.json`` is there, as in a model folder, a finished run, and a checkpoint of a run."""
-    if (folder / "config.json").is_file():
+    """Raise unless ``config.json`` is there, and in a run's folder weights, as when the run has finished."""
+    is_run, has_weights = (folder / "run.json").is_file(), any(folder.glob("model*.safetensors*"))
+    if (folder / "config.json").is_file() and (has_weights or not is_run):
         return
     checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
     if checkpoints:
@@ -125,6 +126,8 @@ def _check_holds_model(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds no finished model, only checkpoints of its training: {newest} is the last"
         )
+    if is_run:
+        raise CheckpointError(f"{folder} holds a run that has neither finished nor saved a checkpoint")
     raise CheckpointError(f"{folder} holds no model: there is no config.json in it")
 
 

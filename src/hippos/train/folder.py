@@ -73,7 +73,7 @@ def begin_run(config: TrainConfig, run: Path, *, overwrite: bool) -> None:
         overwrite: Delete the run that it holds, if it holds one.
 
     Raises:
-        TrainingError: If the folder holds a run already that has begun to train.
+        TrainingError: If the folder holds a run already that has begun to train, or is a file.
     """
     if holds_run(run):
         if _has_begun(run) and not overwrite:
@@ -82,6 +82,8 @@ def begin_run(config: TrainConfig, run: Path, *, overwrite: bool) -> None:
                 "--out, or give --overwrite"
             )
         _clear(run)
+    if run.exists() and not run.is_dir():
+        raise TrainingError(f"{run} is a file: a run wants a folder, or a name that is not there yet")
     run.mkdir(parents=True, exist_ok=True)
     _write(run, {"config": config.to_dict()})
 
