@@ -17,7 +17,7 @@ from hippos.ops.ssm_conv.kernel_fallback import none
 def gelu_mlp_op(
     u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, saves: bool, recomputes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output; and for the backward pass the first product without its bias, its GELU, the weights in u's dtype."""
+    """Output; and for the backward pass the first product, its GELU, and the weights in u's dtype."""
     from hippos.ops.gelu_mlp.launch import gelu
     from hippos.ops.gelu_mlp.launch_hopper import gelu_product, takes_hopper
 
@@ -26,8 +26,8 @@ def gelu_mlp_op(
     if takes_hopper(rows, first, len(first)):
         inner, act = gelu_product(rows, first, b1)
     else:
-        inner = rows @ first.t()
-        act = gelu(inner, b1)
+        inner = torch.addmm(b1.to(u.dtype), rows, first.t())
+        act = gelu(inner)
     y = (act @ second.t()).view(*u.shape[:-1], -1)
     kept = (inner, none(u) if recomputes else act) if saves else (none(u), none(u))
     # What an operator gives must not be what it was given.
@@ -53,9 +53,9 @@ def gelu_mlp_backward_op(
     inner: Tensor,
     act: Tensor,
     first: Tensor,
-    b1: Tensor,
     second: Tensor,
     weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, w1, b1 and w2; ``act`` may be empty."""
     from hippos.ops.gelu_mlp.launch import gelu, gelu_bwd_
@@ -65,16 +65,16 @@ def gelu_mlp_backward_op(
     rows = u.reshape(-1, u.shape[-1]).contiguous()
     dy = dout.reshape(rows.shape[0], -1).contiguous()
     if takes_hopper(dy, second, inner.shape[1]):
-        dinner, db1 = gelu_product_bwd(dy, second, inner, b1)
-        again = None if act.numel() else gelu(inner, b1)
+        dinner, db1 = gelu_product_bwd(dy, second, inner)
+        again = None if act.numel() else gelu(inner)
     else:
         again = None if act.numel() else torch.empty_like(inner)
         dinner = dy @ second
-        db1 = gelu_bwd_(inner, b1, dinner, again)
+        db1 = gelu_bwd_(inner, dinner, again)
     dw2 = product_in(dy.t(), act if again is None else again, weight_dtype)
     del again
     dw1 = product_in(dinner.t(), rows, weight_dtype)
-    return (dinner @ first).view(u.shape), dw1, db1.to(b1.dtype), dw2
+    return (dinner @ first).view(u.shape), dw1, db1.to(bias_dtype), dw2
 
 
 @gelu_mlp_backward_op.register_fake
@@ -84,12 +84,12 @@ def _backward_shapes(
     inner: Tensor,
     act: Tensor,
     first: Tensor,
-    b1: Tensor,
     second: Tensor,
     weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dw1, dw2 = (w.new_empty(w.shape, dtype=weight_dtype) for w in (first, second))
-    return u.new_empty(u.shape), dw1, torch.empty_like(b1), dw2
+    return u.new_empty(u.shape), dw1, first.new_empty(len(first), dtype=bias_dtype), dw2
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,8 +97,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, inner, act, first, second = output
     ctx.mark_non_differentiable(inner, act, first, second)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, inner, act, first if first.numel() else w1, b1, second if second.numel() else w2)
-    ctx.weight_dtype = w1.dtype
+    ctx.save_for_backward(u, inner, act, first if first.numel() else w1, second if second.numel() else w2)
+    ctx.dtypes = w1.dtype, b1.dtype
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -106,7 +106,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None,) * 6
     if torch.is_grad_enabled():  # only then would this pass be recorded, and what was saved taken for constants
         raise UnsupportedError("gelu_mlp cannot be differentiated twice (create_graph=True)")
-    gradients = gelu_mlp_backward_op(dout, *ctx.saved_tensors, ctx.weight_dtype)
+    gradients = gelu_mlp_backward_op(dout, *ctx.saved_tensors, *ctx.dtypes)
     needed = ctx.needs_input_grad[:4]
     return (*(dx if wanted else None for dx, wanted in zip(gradients, needed, strict=True)), None, None)
 

@@ -1,4 +1,4 @@
-"""Device code: GELU (tanh form) of a product that lacks its bias, and its gradient with the bias's.
+"""Device code: GELU (tanh form) of a product, and its gradient with that of the product's bias.
 
 Rows are taken from the last to the first: the product in front has written the last ones last, and they are still in
 the cache; the product behind begins with the first ones.
@@ -19,25 +19,24 @@ def _gate(x):
 
 @triton.jit
 def gelu_kernel(
-    inner_ptr, bias_ptr, act_ptr, n_rows, d_ff,
+    inner_ptr, act_ptr, n_rows, d_ff,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of GELU(inner + bias)."""
+    """A tile of GELU(inner)."""
     n_blocks = tl.cdiv(d_ff, BLOCK)
     piece = tl.num_programs(0) - 1 - tl.program_id(0)
     column = piece % n_blocks * BLOCK + tl.arange(0, BLOCK)
     row = piece // n_blocks * ROWS + tl.arange(0, ROWS)
     inside = (row < n_rows)[:, None] & (column < d_ff)[None, :]
     offs = row.to(tl.int64)[:, None] * d_ff + column[None, :]
-    bias = tl.load(bias_ptr + column, mask=column < d_ff, other=0.0).to(tl.float32)
-    x = tl.load(inner_ptr + offs, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    x = tl.load(inner_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     gate, _ = _gate(x)
     tl.store(act_ptr + offs, (x * gate).to(act_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gelu_bwd_kernel(
-    inner_ptr, bias_ptr, dact_ptr, act_ptr, partial_ptr, n_rows, d_ff, n_programs,
+    inner_ptr, dact_ptr, act_ptr, partial_ptr, n_rows, d_ff, n_programs,
     WRITES_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of every ``n_programs``-th piece of ROWS rows: dact becomes dinner, in place, and is summed up.
@@ -48,14 +47,13 @@ def gelu_bwd_kernel(
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < d_ff
-    bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     n_pieces = tl.cdiv(n_rows, ROWS)
     for piece in range(program, n_pieces, n_programs):
         row = (n_pieces - 1 - piece) * ROWS + tl.arange(0, ROWS)
         inside = (row < n_rows)[:, None] & is_column[None, :]
         offs = row.to(tl.int64)[:, None] * d_ff + column[None, :]
-        x = tl.load(inner_ptr + offs, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        x = tl.load(inner_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         gate, growth = _gate(x)
         if WRITES_ACT:
             tl.store(act_ptr + offs, (x * gate).to(act_ptr.dtype.element_ty), mask=inside)

@@ -14,7 +14,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+
+@gluon.constexpr_function
+def shared_layout(n_columns):
+    """Of a tile in shared memory, as copies by descriptors and products take it."""
+    return gl.NVMMASharedLayout(min(128, 2 * n_columns), 16, 2)
+
+
+@gluon.constexpr_function
+def product_layout(n_columns, num_warps):
+    """Of a product, its rows shared out over the warps."""
+    return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, n_columns, 16])
+
+
+@gluon.constexpr_function
+def columns_layout(n_rows, n_columns, num_warps):
+    """Of a tile whose columns are summed: two of them a thread, as many of their rows as there are threads for."""
+    parts = num_warps * 64 // n_columns
+    return gl.BlockedLayout([n_rows // parts, 2], [1, 32], [parts, num_warps // parts], [1, 0])
 
 
 @gluon.jit
@@ -85,20 +102,20 @@ def gelu_product_hopper_kernel(
     rows, weight, inner, act, bias_ptr, n_rows, d_ff,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
-    """Every n-th tile of inner = rows @ weight.T and act = GELU(inner + bias), for n programs.
+    """Every n-th tile of inner = rows @ weight.T + bias and act = GELU(inner), for n programs.
 
     rows (T, D) and weight (F, D) are descriptors of tiles, inner and act (T, F) of tiles of half the columns; STEPS of
     DEPTH make up D. Behind the end of a tensor zeros are read, and nothing is written.
     """
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS // 2, 16])
+    MMA: gl.constexpr = product_layout(COLUMNS, gl.num_warps())
+    HALF: gl.constexpr = product_layout(COLUMNS // 2, gl.num_warps())
     dtype: gl.constexpr = rows.dtype
     n_columns = gl.cdiv(d_ff, COLUMNS)
     n_tiles = gl.cdiv(n_rows, ROWS) * n_columns
-    row_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], SHARED)
-    weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, DEPTH], SHARED)
-    inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], SHARED)
-    act_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], SHARED)
+    row_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], shared_layout(DEPTH))
+    weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, DEPTH], shared_layout(DEPTH))
+    inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], shared_layout(COLUMNS // 2))
+    act_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], shared_layout(COLUMNS // 2))
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     _begin(rows, weight, n_tiles, n_columns, arrived, row_tiles, weight_tiles, STEPS)
     step = 0
@@ -114,14 +131,14 @@ def gelu_product_hopper_kernel(
             first = column + half * (COLUMNS // 2)
             columns = first + gl.arange(0, COLUMNS // 2, layout=gl.SliceLayout(0, HALF))
             bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
-            rounded = gl.convert_layout(halves[half], HALF, assert_trivial=True).to(dtype)
+            rounded = (gl.convert_layout(halves[half], HALF, assert_trivial=True) + bias[None, :]).to(dtype)
             tma.store_wait(1)  # what has left first
             gl.thread_barrier()
             inner_tile.store(rounded)
             hopper.fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(inner, [row, first], inner_tile)
-            x = rounded.to(gl.float32) + bias[None, :]
+            x = rounded.to(gl.float32)
             x *= _gate(x)
             tma.store_wait(1)
             gl.thread_barrier()
@@ -134,24 +151,24 @@ def gelu_product_hopper_kernel(
 
 @gluon.jit(do_not_specialize=["n_rows"])
 def gelu_product_bwd_hopper_kernel(
-    dy, weight, inner, dinner, bias_ptr, partial_ptr, n_rows, d_ff,
+    dy, weight, inner, dinner, partial_ptr, n_rows, d_ff,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
-    """Every n-th tile of dinner = GELU'(inner + bias) * (dy @ weight), for n programs, and its sums over rows.
+    """Every n-th tile of dinner = GELU'(inner) * (dy @ weight), for n programs, and its sums over rows.
 
     dy (T, D), weight (D, F), inner and dinner (T, F) are descriptors of tiles; STEPS of DEPTH make up D. The sums, the
     shares of tiles in the bias's gradient, are (tiles of rows, F) in memory. Behind the end of a tensor zeros are read,
     and nothing is written.
     """
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLUMNS, 16])
-    SUMS: gl.constexpr = gl.BlockedLayout([ROWS // 2, COLUMNS // 128], [1, 32], [2, 4], [1, 0])
+    MMA: gl.constexpr = product_layout(COLUMNS, gl.num_warps())
+    SUMS: gl.constexpr = columns_layout(ROWS, COLUMNS, gl.num_warps())
     LATER: gl.constexpr = 2 if STEPS > 4 else 0
     dtype: gl.constexpr = dy.dtype
     n_columns = gl.cdiv(d_ff, COLUMNS)
     n_tiles = gl.cdiv(n_rows, ROWS) * n_columns
-    dy_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], SHARED)
-    weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], SHARED)
-    inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS], SHARED)
+    dy_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], shared_layout(DEPTH))
+    weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], shared_layout(COLUMNS))
+    inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS], shared_layout(COLUMNS))
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     has_inner = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(has_inner, count=1)
@@ -169,11 +186,9 @@ def gelu_product_bwd_hopper_kernel(
                 mbarrier.expect(has_inner, ROWS * COLUMNS * 2)
                 tma.async_copy_global_to_shared(inner, [row, column], has_inner, inner_tile)
         acc = hopper.warpgroup_mma_wait(0, [acc])
-        columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
-        bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
         mbarrier.wait(has_inner, parity)
         parity ^= 1
-        x = inner_tile.load(MMA).to(gl.float32) + bias[None, :]
+        x = inner_tile.load(MMA).to(gl.float32)
         gate = _gate(x)
         steep = x * (1.5957691216057308 + 0.21406443848094036 * (x * x))  # 2 x u'(x)
         gradient = (acc * gate) * (steep * (1.0 - gate) + 1.0)

@@ -15,19 +15,19 @@ _BWD_ROWS, _BWD_BLOCK = 2, 1024
 _PROGRAMS_PER_PROCESSOR = {False: 7, True: 5}
 
 
-def gelu(inner: Tensor, bias: Tensor) -> Tensor:
-    """GELU of inner + bias: shapes (T, F), contiguous, and (F,)."""
+def gelu(inner: Tensor) -> Tensor:
+    """GELU of a tensor, shape (T, F), contiguous."""
     n_rows, d_ff = inner.shape
     act = torch.empty_like(inner)
     block = min(_BLOCK, triton.next_power_of_2(d_ff))
     gelu_kernel[(triton.cdiv(n_rows, _ROWS) * triton.cdiv(d_ff, block),)](
-        inner, bias, act, n_rows, d_ff, ROWS=_ROWS, BLOCK=block, num_warps=4
+        inner, act, n_rows, d_ff, ROWS=_ROWS, BLOCK=block, num_warps=4
     )
     return act
 
 
-def gelu_bwd_(inner: Tensor, bias: Tensor, dact: Tensor, act: Tensor | None) -> Tensor:
-    """Make ``dact`` the gradient of inner, in place, fill ``act`` if given, and give the bias's gradient, float32."""
+def gelu_bwd_(inner: Tensor, dact: Tensor, act: Tensor | None) -> Tensor:
+    """Make ``dact`` the gradient of inner, in place, fill ``act`` if given, and give its sum over rows, float32."""
     n_rows, d_ff = inner.shape
     block = min(_BWD_BLOCK, triton.next_power_of_2(d_ff))
     n_blocks = triton.cdiv(d_ff, block)
@@ -37,7 +37,7 @@ def gelu_bwd_(inner: Tensor, bias: Tensor, dact: Tensor, act: Tensor | None) -> 
     n_programs = max(1, min(triton.cdiv(n_rows, _BWD_ROWS), n_programs))
     shares = torch.empty(n_programs, d_ff, dtype=torch.float32, device=device)
     gelu_bwd_kernel[(n_programs, n_blocks)](
-        inner, bias, dact, act if act is not None else dact, shares, n_rows, d_ff, n_programs,
+        inner, dact, act if act is not None else dact, shares, n_rows, d_ff, n_programs,
         WRITES_ACT=act is not None, ROWS=_BWD_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return shares.sum(0)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-_ROWS, _COLUMNS, _DEPTH, _STAGES = 128, 256, 64, 3  # 210 KB of shared memory
+
+class Tiles(NamedTuple):
+    """How a product is shared out.
+
+    Attributes:
+        rows: Of a tile of the output.
+        columns: Of a tile of the output.
+        depth: Of a step of the sum.
+        stages: Steps in shared memory.
+        warps: Of a program.
+        programs: Of a multiprocessor, which they fill.
+    """
+
+    rows: int = 128
+    columns: int = 256
+    depth: int = 64
+    stages: int = 3
+    warps: int = 8
+    programs: int = 1
+
+
+FORWARD, BACKWARD = Tiles(), Tiles()
 _LEAST_ROWS = 4096  # with fewer, most multiprocessors would have a tile or two, whose ends nothing overlaps
 _ALIGNED = 16  # bytes, of addresses and rows
-IS_CHOSEN = False  # not before they have run on a GPU
 
 
 def takes_hopper(left: Tensor, right: Tensor, d_ff: int) -> bool:
@@ -16,8 +38,7 @@ def takes_hopper(left: Tensor, right: Tensor, d_ff: int) -> bool:
     from hippos.ops.ssm_conv.launch_hopper import has_hopper_programs
 
     return (
-        IS_CHOSEN
-        and left.dtype in (torch.bfloat16, torch.float16)
+        left.dtype in (torch.bfloat16, torch.float16)
         and left.dtype == right.dtype
         and all(x.is_contiguous() and x.data_ptr() % _ALIGNED == 0 for x in (left, right))
         and all(size * left.element_size() % _ALIGNED == 0 for size in (left.shape[1], d_ff))
@@ -26,13 +47,14 @@ def takes_hopper(left: Tensor, right: Tensor, d_ff: int) -> bool:
     )
 
 
-def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Make inner = rows @ weight.T, which lacks the bias, and GELU(inner + bias).
+def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles = FORWARD) -> tuple[Tensor, Tensor]:
+    """Make inner = rows @ weight.T + bias, and GELU(inner).
 
     Args:
         rows: Shape (T, D).
         weight: Shape (F, D).
         bias: Shape (F,).
+        tiles: Overrides the choice, for tuning.
 
     Returns:
         Both, shape (T, F).
@@ -41,45 +63,58 @@ def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
 
     (n_rows, d_model), d_ff = rows.shape, len(weight)
     inner, act = (rows.new_empty(n_rows, d_ff) for _ in range(2))
-    halves = (_ROWS, _COLUMNS // 2)
-    gelu_product_hopper_kernel[_grid(n_rows, d_ff, rows.device)](
-        *_descriptors((rows, _ROWS, _DEPTH), (weight, _COLUMNS, _DEPTH), (inner, *halves), (act, *halves)),
-        bias, n_rows, d_ff,
-        STEPS=-(-d_model // _DEPTH), STAGES=_STAGES, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, num_warps=8,
+    half = (tiles.rows, tiles.columns // 2)
+    gelu_product_hopper_kernel[_grid(n_rows, d_ff, tiles, rows.device)](
+        *_descriptors(
+            (rows, tiles.rows, tiles.depth), (weight, tiles.columns, tiles.depth), (inner, *half), (act, *half)
+        ),
+        bias, n_rows, d_ff, **_constants(d_model, tiles),
     )  # fmt: skip
     return inner, act
 
 
-def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Make dinner, the gradient of inner in GELU(inner + bias), from that of the GELU's output, dy @ weight.
+def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, tiles: Tiles = BACKWARD) -> tuple[Tensor, Tensor]:
+    """Make dinner, the gradient of inner in GELU(inner), from that of the GELU's output, dy @ weight.
 
     Args:
         dy: Shape (T, D).
         weight: Shape (D, F).
         inner: Shape (T, F), contiguous.
-        bias: Shape (F,).
+        tiles: Overrides the choice, for tuning.
 
     Returns:
-        dinner, shape (T, F), and the gradient of the bias, its sum over rows, float32.
+        dinner, shape (T, F), and its sum over rows, the gradient of the bias, float32.
     """
     from hippos.ops.gelu_mlp.kernels_hopper import gelu_product_bwd_hopper_kernel
 
     n_rows, d_ff = inner.shape
     dinner = torch.empty_like(inner)
-    shares = torch.empty(-(-n_rows // _ROWS), d_ff, dtype=torch.float32, device=inner.device)
-    tile = (_ROWS, _COLUMNS)
-    gelu_product_bwd_hopper_kernel[_grid(n_rows, d_ff, inner.device)](
-        *_descriptors((dy, _ROWS, _DEPTH), (weight, _DEPTH, _COLUMNS), (inner, *tile), (dinner, *tile)),
-        bias, shares, n_rows, d_ff,
-        STEPS=-(-dy.shape[1] // _DEPTH), STAGES=_STAGES, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, num_warps=8,
+    shares = torch.empty(-(-n_rows // tiles.rows), d_ff, dtype=torch.float32, device=inner.device)
+    tile = (tiles.rows, tiles.columns)
+    gelu_product_bwd_hopper_kernel[_grid(n_rows, d_ff, tiles, inner.device)](
+        *_descriptors(
+            (dy, tiles.rows, tiles.depth), (weight, tiles.depth, tiles.columns), (inner, *tile), (dinner, *tile)
+        ),
+        shares, n_rows, d_ff, **_constants(dy.shape[1], tiles),
     )  # fmt: skip
     return dinner, shares.sum(0)
 
 
-def _grid(n_rows: int, d_ff: int, device: torch.device) -> tuple[int]:
-    """A program for every multiprocessor, or fewer."""
-    n_tiles = -(-n_rows // _ROWS) * -(-d_ff // _COLUMNS)
-    return (min(n_tiles, torch.cuda.get_device_properties(device).multi_processor_count),)
+def _grid(n_rows: int, d_ff: int, tiles: Tiles, device: torch.device) -> tuple[int]:
+    """A program for each place on the multiprocessors, or fewer."""
+    n_tiles = -(-n_rows // tiles.rows) * -(-d_ff // tiles.columns)
+    return (min(n_tiles, tiles.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
+
+
+def _constants(d_model: int, tiles: Tiles) -> dict[str, int]:
+    return {
+        "STEPS": -(-d_model // tiles.depth),
+        "STAGES": tiles.stages,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "DEPTH": tiles.depth,
+        "num_warps": tiles.warps,
+    }
 
 
 def _descriptors(*tiled: tuple[Tensor, int, int]) -> list[object]:
@@ -87,5 +122,8 @@ def _descriptors(*tiled: tuple[Tensor, int, int]) -> list[object]:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    return [TensorDescriptor.from_tensor(tensor, [rows, columns], layout) for tensor, rows, columns in tiled]
+    layouts = (gl.NVMMASharedLayout(min(128, 2 * columns), 16, 2) for _, _, columns in tiled)
+    return [
+        TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
+        for (tensor, rows, columns), layout in zip(tiled, layouts, strict=True)
+    ]
