@@ -91,6 +91,43 @@ class TestInterpreted:
         wanted = run(inputs, "reference", dtype=torch.float64, bounds=bounds)
         assert_accurate(run(inputs, "triton", bounds=bounds), wanted, dtype)
 
+    @pytest.mark.parametrize("lengths", [(333,), (5, 0, 16, 11, 1, 67, 16, 64, 20, 90), (3,) * 70])
+    def test_adjoint_states_between_pieces(self, lengths):
+        from hippos.ops.h3_mix.kernels_rows_backward import rows_adjoint_kernel
+        from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
+        from hippos.ops.ssm_conv.launch_rows import place_rows
+        from hippos.ops.ssm_conv.schedule import backward_schedule
+
+        bounds, pieces, n_modes = bounds_of(*lengths), 4, 5
+        seqlen = bounds[-1] // 16 * 16  # of whole chunks
+        bounds = [min(bound, seqlen) for bound in bounds]
+        inputs = make_inputs(1, 2, seqlen, 4, n_modes, torch.float32, has_state=False)
+        q, dout, log_a, b, c, d = inputs.q, inputs.v, inputs.log_a, inputs.b, inputs.c, inputs.d
+        schedule = backward_schedule(torch.float32, n_modes, q.device)
+        operators = make_chunk_operators(log_a, b, c, d, schedule)
+        rows = place_rows(torch.tensor(bounds, dtype=torch.int32), seqlen, schedule)
+        piece_rows = len(rows.places) // pieces
+        later = torch.full((pieces, 2, 2, 16), torch.nan)
+        rows_adjoint_kernel[(2,)](
+            q, dout, operators.outof, log_a, operators.decay, rows.places, rows.resets, later,
+            q.stride(1), dout.stride(1), 2, n_modes, seqlen, piece_rows, CHUNK=16, MODES=16, STEPS=4, PIECES=pieces,
+        )  # fmt: skip
+        # One row after another, from the last.
+        a = torch.exp(torch.view_as_complex(log_a.double()))
+        reader = 2 * torch.view_as_complex(c.double()) * a  # times a**j: what the state adds to sample j
+        powers = (reader.unsqueeze(-1) * a.unsqueeze(-1) ** torch.arange(16)).conj()  # (H, M, CHUNK)
+        state = torch.zeros(2, n_modes, dtype=torch.complex128)
+        for row in reversed(range(len(rows.places))):
+            if row % piece_rows == piece_rows - 1:
+                found = torch.complex(*later[row // piece_rows, ..., :n_modes].double().unbind(1))
+                torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
+            word, begins = int(rows.places[row]), int(rows.resets[row // 16]) >> (row % 16) & 1
+            start, first, last = (word >> 32) * 16, (word >> 16 & 0xFFFF) - (1 << 14), word & 0x7FFF
+            column = torch.arange(16)
+            inside = (column >= first) & (column < last)
+            dy = torch.where(inside, (q * dout)[0, :, start : start + 16].double(), 0.0)
+            state = (a.conj() ** 16 * state + (powers @ dy.unsqueeze(-1).to(a.dtype)).squeeze(-1)) * (1 - begins)
+
     def test_nothing_leaks_between_documents(self):
         """What would be infinite times zero in a product over both documents."""
         bounds = [0, 21, 50]

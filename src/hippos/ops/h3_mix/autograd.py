@@ -170,7 +170,7 @@ def saved_states(q: Tensor, log_a: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Memory for the states that the backward pass starts from."""
     if cu_seqlens is not None:
         shape = row_saved_shape(q, log_a.shape[1], cu_seqlens.shape[0] - 1)
-        return q.new_empty(shape, dtype=torch.float32)
+        return q.new_empty(shape, dtype=saved_dtype(q.dtype))
     return q.new_empty(saved_shape(q, log_a.shape[1], None), dtype=saved_dtype(q.dtype))
 
 

@@ -15,7 +15,6 @@ from hippos.ops.ssm_conv.kernels import (
     peak_of,
     scaled_operand,
     to_operand,
-    to_pairs,
     two_to,
 )
 from hippos.ops.ssm_conv.kernels_rows import (
@@ -26,6 +25,8 @@ from hippos.ops.ssm_conv.kernels_rows import (
     read_rows,
     store_rows,
 )
+
+SAVE_STEPS = tl.constexpr(4)  # rows between saved states
 
 
 @triton.jit
@@ -65,8 +66,8 @@ def h3_mix_rows_fwd_kernel(
 
     As `h3_mix_fwd_kernel` with rows in the place of chunks. ``past``, ``entering`` and ``outputs`` are what documents
     bring along (entering.py). Writes the state before the row in which each document ends, if that is not its first,
-    (n_docs, H, MODES, 2), and for the backward pass that before each tile, (H, n_tiles, MODES, 2). IS_WHOLE promises a
-    sequence of whole chunks; ``never`` is 0.
+    (n_docs, H, MODES, 2), and for the backward pass that before every SAVE_STEPS rows, (H, n, MODES, 2). IS_WHOLE
+    promises a sequence of whole chunks; ``never`` is 0.
     """
     ROWS: tl.constexpr = STEPS * LANES
     channel = tl.program_id(0)
@@ -133,15 +134,16 @@ def h3_mix_rows_fwd_kernel(
         is_never = (lane[:, None] < never) & (tile < 0) & (modes >= 0)
         zero_re = tl.load(zero_at, mask=is_never, other=0.0).to(tl.float32)
         zero_im = tl.load(zero_at + MODES, mask=is_never, other=0.0).to(tl.float32)
-        if SAVES:
-            at = saved_ptr + (channel.to(tl.int64) * n_tiles + tile) * (2 * MODES) + pairs
-            tl.store(at, to_pairs(carry_re, carry_im))
         resets = read_resets(resets_ptr, tile * ROWS + lane * STEPS)[:, None]
         state_re, state_im, carry_re, carry_im = pass_states(
             w_re, w_im, decay_re, decay_im, carry_re, carry_im, zero_re, zero_im, STEPS, 1, LANES, resets, True
         )
 
         state = tl.reshape(tl.join(state_re, state_im), (ROWS, 2 * MODES))
+        if SAVES:
+            cell = channel.to(tl.int64) * (n_tiles * (ROWS // SAVE_STEPS)) + (tile * ROWS + row) // SAVE_STEPS
+            at = saved_ptr + cell[:, None] * (2 * MODES) + pairs
+            tl.store(at, state.to(saved_ptr.dtype.element_ty), mask=(row % SAVE_STEPS == 0)[:, None] & (pairs >= 0))
         if WANTS_STATE:
             at = state_ptr + ((owner.to(tl.int64) * n_heads + channel) * (2 * MODES))[:, None] + pairs
             tl.store(at, state, mask=(is_end & (first < 0))[:, None] & (pairs >= 0))

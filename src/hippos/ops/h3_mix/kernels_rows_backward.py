@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hippos.ops.h3_mix.kernels import load_shift_operator, split_operator
-from hippos.ops.h3_mix.kernels_rows import load_entering, load_key_windows
+from hippos.ops.h3_mix.kernels_rows import SAVE_STEPS, load_entering, load_key_windows
 from hippos.ops.h3_mix.kernels_scan import pass_states
 from hippos.ops.ssm_conv.kernels import (
     exponent_to_half,
@@ -19,6 +19,7 @@ from hippos.ops.ssm_conv.kernels import (
     two_to,
 )
 from hippos.ops.ssm_conv.kernels_backward import add_product, convolve, running_operand, times_operator, unscaled
+from hippos.ops.ssm_conv.kernels_operators import complex_power, phase_of
 from hippos.ops.ssm_conv.kernels_rows import (
     keep_before,
     keep_document,
@@ -102,6 +103,57 @@ def _load_document(ptr, start, first, last, seqlen, CHUNK: tl.constexpr, IS_WHOL
 
 
 @triton.jit
+def _then(f_re, f_im, v_re, v_im, g_re, g_im, w_re, w_im):
+    """One run of pieces, then another: the decay over both, and the state that is left."""
+    return (
+        f_re * g_re - f_im * g_im,
+        f_re * g_im + f_im * g_re,
+        g_re * v_re - g_im * v_im + w_re,
+        g_re * v_im + g_im * v_re + w_im,
+    )
+
+
+@triton.jit
+def rows_adjoint_kernel(
+    q_ptr, dout_ptr, outof_ptr, log_a_ptr, decay_ptr, rows_ptr, resets_ptr, later_ptr,
+    q_stride_c, dout_stride_c, n_heads, n_modes, seqlen, piece_rows,
+    CHUNK: tl.constexpr, MODES: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The adjoint state after each of PIECES pieces of the rows of all documents, (PIECES, H, 2, MODES)."""
+    ROWS: tl.constexpr = STEPS * PIECES
+    channel = tl.program_id(0)
+    decay_re, decay_im = load_parameter(decay_ptr, channel, MODES, MODES)
+    outof = load_operator(outof_ptr + channel.to(tl.int64) * (2 * CHUNK * MODES), CHUNK, MODES, False)
+    q_ptr += channel.to(tl.int64) * q_stride_c
+    dout_ptr += channel.to(tl.int64) * dout_stride_c
+    row, piece = tl.arange(0, ROWS), tl.arange(0, PIECES)
+    carry_re, carry_im = tl.zeros((PIECES, MODES), tl.float32), tl.zeros((PIECES, MODES), tl.float32)
+    is_cut = tl.zeros((PIECES, 1), tl.int32)
+    n_tiles = piece_rows // STEPS
+    for step in tl.range(0, n_tiles):
+        tile = n_tiles - 1 - step
+        start, first, last, _ = read_rows(rows_ptr, row // STEPS * piece_rows + tile * STEPS + row % STEPS, CHUNK)
+        dy = _load_document(dout_ptr, start, first, last, seqlen, CHUNK, True, False)
+        dy *= load_whole_rows(q_ptr, start, seqlen, CHUNK, True).to(tl.float32)
+        w_re, w_im = tl.split(tl.reshape(tl.dot(dy.to(outof.dtype), outof), (PIECES, STEPS, MODES, 2)))
+        resets = read_resets(resets_ptr, piece * piece_rows + tile * STEPS)[:, None]
+        _, _, carry_re, carry_im = pass_states(
+            w_re, w_im, decay_re, -decay_im, carry_re, carry_im, 0, 0, STEPS, PIECES, 1, resets, True, True
+        )
+        is_cut |= resets & ((1 << STEPS) - 1)
+    log_re, log_im = load_parameter(log_a_ptr, channel, n_modes, MODES)
+    a_re, a_im = complex_power(log_re, phase_of(log_im), tl.zeros((1, 1), tl.int32) + piece_rows * CHUNK)
+    a_re, a_im = tl.where(is_cut != 0, 0.0, a_re), tl.where(is_cut != 0, 0.0, -a_im)
+    _, _, carry_re, carry_im = tl.associative_scan((a_re, a_im, carry_re, carry_im), 0, _then, reverse=True)
+    # What comes out of a piece is behind the one before; behind the last there is nothing.
+    carry_re, carry_im = tl.where(piece[:, None] > 0, carry_re, 0.0), tl.where(piece[:, None] > 0, carry_im, 0.0)
+    at = later_ptr + (((piece + PIECES - 1) % PIECES).to(tl.int64) * n_heads + channel)[:, None] * (2 * MODES)
+    at += tl.arange(0, MODES)[None, :]
+    tl.store(at, carry_re)
+    tl.store(at + MODES, carry_im)
+
+
+@triton.jit
 def h3_mix_rows_bwd_kernel(
     q_ptr, key_ptr, v_ptr, dout_ptr, dq_ptr, dkey_ptr, dv_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr, rows_ptr, owners_ptr, resets_ptr, saved_ptr, dstate_ptr,
@@ -114,7 +166,7 @@ def h3_mix_rows_bwd_kernel(
     """Gradients of q, shifted keys and v, and of the operators, for one channel of all documents.
 
     As `ssm_conv_bwd_kernel` with keys as input gate and queries as output gate, but with rows in the place of chunks,
-    and a tile's rows one after another, as in `h3_mix_rows_fwd_kernel`, which saved the state before each tile.
+    and a tile's rows one after another, as in `h3_mix_rows_fwd_kernel`, which saved states.
     ``dstate`` is the gradient of the states that it returned, ``dentering`` that of ``entering``. Outputs lie in
     memory as dout does; ``never`` is 0.
     """
@@ -148,7 +200,7 @@ def h3_mix_rows_bwd_kernel(
     dq_ptr += channel.to(tl.int64) * dout_stride_c
     dkey_ptr += channel.to(tl.int64) * dout_stride_c
     dv_ptr += channel.to(tl.int64) * dout_stride_c
-    saved_ptr += channel.to(tl.int64) * n_tiles * (2 * MODES)
+    saved_ptr += channel.to(tl.int64) * n_tiles * (ROWS // SAVE_STEPS * 2 * MODES)
     dtoeplitz = tl.zeros((CHUNK, CHUNK), tl.float32)
     dinto = tl.zeros((CHUNK, 2 * MODES), tl.float32)
     doutof = tl.zeros((CHUNK, 2 * MODES), tl.float32)
@@ -184,7 +236,8 @@ def h3_mix_rows_bwd_kernel(
         if HAS_INITIAL:
             v += tl.load(entering_ptr + state_at, mask=is_first, other=0.0)
         v_re, v_im = tl.split(tl.reshape(v, (LANES, STEPS, MODES, 2)))
-        before_re, before_im = load_parameter(saved_ptr, tile, MODES, MODES)
+        before_re, before_im = load_parameter(saved_ptr, tile * (ROWS // SAVE_STEPS), MODES, MODES)
+        before_re, before_im = before_re.to(tl.float32), before_im.to(tl.float32)
         state_re, state_im, _, _ = pass_states(
             v_re, v_im, decay_re, decay_im, before_re, before_im, zero_re, zero_im, STEPS, 1, LANES, resets, True
         )

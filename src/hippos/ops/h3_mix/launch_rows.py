@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hippos.ops.h3_mix.entering import enter, enter_adjoint, past_keys, past_keys_adjoint
+from hippos.ops.h3_mix.entering import Entering, enter, enter_adjoint, past_keys, past_keys_adjoint
 from hippos.ops.h3_mix.kernels_backward import shift_filter_bwd_kernel
 from hippos.ops.h3_mix.kernels_rows import h3_mix_rows_fwd_kernel
-from hippos.ops.h3_mix.kernels_rows_backward import h3_mix_rows_bwd_kernel, shift_rows_bwd_kernel, shift_rows_kernel
+from hippos.ops.h3_mix.kernels_rows_backward import (
+    h3_mix_rows_bwd_kernel,
+    rows_adjoint_kernel,
+    shift_rows_bwd_kernel,
+    shift_rows_kernel,
+)
 from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes
-from hippos.ops.h3_mix.schedule import row_saved_shape, row_schedule, shift_planes, window_len
+from hippos.ops.h3_mix.schedule import ROWS_BETWEEN_STATES, row_saved_shape, row_schedule, shift_planes, window_len
 from hippos.ops.h3_mix.state import document_ends
 from hippos.ops.ssm_conv.kernels_operators import chunk_operators_bwd_kernel
-from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
+from hippos.ops.ssm_conv.launch_hopper import takes_hopper_backward
+from hippos.ops.ssm_conv.launch_operators import ChunkOperators, make_chunk_operators
 from hippos.ops.ssm_conv.launch_rows import DocumentRows, place_rows
 from hippos.ops.ssm_conv.schedule import (
     FEW_SAMPLES,
@@ -21,11 +27,13 @@ from hippos.ops.ssm_conv.schedule import (
     backward_schedule,
     groups_per_program,
     next_power_of_two,
+    saved_dtype,
     with_exact_products,
 )
 
 FORWARD_LANES, BACKWARD_LANES = 4, 8
 BACKWARD_WARPS = 8  # for one program a multiprocessor: the sums of four would fill the registers of two
+HOPPER_PIECES = 16  # of the rows, in the backward program for Hopper
 SHIFT_WARPS, SHIFT_STAGES = 4, 2
 
 
@@ -57,13 +65,13 @@ def h3_mix_rows_fwd(
         state[..., :n_modes, :] = initial_state
     keys = past_keys(past, shift_filter, shift_d) if past is not None and n_taps > 1 else None
     entering = None if initial_state is None else enter(inputs, initial_state, cu_seqlens, chunk, modes)
-    shape = row_saved_shape(q, n_modes, n_docs)
-    saved = torch.empty(shape if saves_states else (0,), device=device)
+    shape, n_tiles = row_saved_shape(q, n_modes, n_docs), rows.places.shape[0] // schedule.rows
+    saved = torch.empty(shape if saves_states else (0,), dtype=saved_dtype(q.dtype), device=device)
     h3_mix_rows_fwd_kernel[(n_heads,)](
         q, k, v, y, shift_filter, shift_d,
         operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
         *rows, state, saved, y if keys is None else keys, *((y, y) if entering is None else entering),
-        q.stride(1), k.stride(1), v.stride(1), y.stride(1), n_heads, seqlen, n_taps, shape[2], 0,
+        q.stride(1), k.stride(1), v.stride(1), y.stride(1), n_heads, seqlen, n_taps, n_tiles, 0,
         CHUNK=chunk, WINDOW=window_len(chunk, n_taps), STEPS=schedule.rows // FORWARD_LANES, LANES=FORWARD_LANES,
         MODES=modes, SAVES=saves_states, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
         IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
@@ -109,16 +117,11 @@ def h3_mix_rows_bwd(
     dentering = None if entering is None else torch.zeros_like(entering.states)
     shapes = ((chunk, chunk), (chunk, modes, 2), (chunk, modes, 2), (modes, 2))
     partial = [torch.empty(n_heads, *shape, device=device) for shape in shapes]
-    h3_mix_rows_bwd_kernel[(n_heads,)](
-        q, key, v, dout, dq, dkey, dv,
-        operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
-        *rows, saved, saved if last is None else last,
-        *((saved, saved) if entering is None else entering), saved if dentering is None else dentering, *partial,
-        q.stride(1), key.stride(1), v.stride(1), dout.stride(1), n_heads, seqlen, saved.shape[2], 0,
-        CHUNK=chunk, STEPS=schedule.rows // BACKWARD_LANES, LANES=BACKWARD_LANES, MODES=modes, PLANES=schedule.planes,
-        IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision, HAS_DSTATE=last is not None,
-        HAS_INITIAL=entering is not None, IS_WHOLE=seqlen % chunk == 0, num_warps=BACKWARD_WARPS,
-    )  # fmt: skip
+    signals, has_states = (q, key, v, dout, dq, dkey, dv), last is not None or entering is not None
+    if not has_states and seqlen % chunk == 0 and takes_hopper_backward(schedule, n_modes, signals, saved):
+        _run_hopper(signals, log_a, operators, rows, saved, partial)
+    else:
+        _run_triton(signals, operators, rows, schedule, saved, last, entering, dentering, partial)
     dlog_a, db, dc, dd = (torch.empty_like(x) for x in (log_a, b, c, d))
     chunk_operators_bwd_kernel[(n_heads,)](
         log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, 1, CHUNK=chunk, MODES=modes, HAS_D=True, num_warps=8
@@ -134,6 +137,65 @@ def h3_mix_rows_bwd(
         if dstate is not None:  # of documents that end in the chunk that they begin in
             dinitial = dinitial + torch.where(_end_at_once(cu_seqlens, seqlen, chunk), dstate, 0.0)
     return dq, dk, dv, dfilter, dskip, dlog_a, db, dc, dd, dpast, dinitial
+
+
+# q, shifted keys, v, the gradient of y, and memory for those of the first three, in one order.
+Signals = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _run_triton(
+    signals: Signals,
+    operators: ChunkOperators,
+    rows: DocumentRows,
+    schedule: Schedule,
+    saved: Tensor,
+    dstate: Tensor | None,
+    entering: Entering | None,
+    dentering: Tensor | None,
+    partial: list[Tensor],
+) -> None:
+    """Run the backward kernel; ``partial`` gets the gradients of the operators, ``dentering`` that of what enters."""
+    q, key, v, dout, *_ = signals
+    (_, n_heads, seqlen), n_rows = q.shape, rows.places.shape[0]
+    h3_mix_rows_bwd_kernel[(n_heads,)](
+        *signals, operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
+        *rows, saved, saved if dstate is None else dstate,
+        *((saved, saved) if entering is None else entering), saved if dentering is None else dentering, *partial,
+        q.stride(1), key.stride(1), v.stride(1), dout.stride(1), n_heads, seqlen, n_rows // schedule.rows, 0,
+        CHUNK=schedule.chunk, STEPS=schedule.rows // BACKWARD_LANES, LANES=BACKWARD_LANES, MODES=saved.shape[-2],
+        PLANES=schedule.planes, IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
+        HAS_DSTATE=dstate is not None, HAS_INITIAL=entering is not None, IS_WHOLE=seqlen % schedule.chunk == 0,
+        num_warps=BACKWARD_WARPS,
+    )  # fmt: skip
+
+
+def _run_hopper(
+    signals: Signals,
+    log_a: Tensor,
+    operators: ChunkOperators,
+    rows: DocumentRows,
+    saved: Tensor,
+    partial: list[Tensor],
+) -> None:
+    """Run the backward program for Hopper: signals as it takes them, ``partial`` the gradients of the operators."""
+    from hippos.ops.h3_mix.kernels_hopper_rows import h3_mix_rows_bwd_hopper_kernel
+
+    q, key, v, dout, *_ = signals
+    (_, n_heads, seqlen), (_, n_modes, _) = q.shape, log_a.shape
+    piece_rows = rows.places.shape[0] // HOPPER_PIECES
+    later = torch.empty(HOPPER_PIECES, n_heads, 2, saved.shape[-2], device=q.device)
+    rows_adjoint_kernel[(n_heads,)](
+        q, dout, operators.outof, log_a, operators.decay, rows.places, rows.resets, later,
+        q.stride(1), dout.stride(1), n_heads, n_modes, seqlen, piece_rows,
+        CHUNK=operators.taps.shape[-1], MODES=saved.shape[-2], STEPS=ROWS_BETWEEN_STATES, PIECES=HOPPER_PIECES,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    h3_mix_rows_bwd_hopper_kernel[(n_heads,)](
+        *signals, operators.taps, operators.into, operators.outof, operators.decay,
+        rows.places, rows.resets, saved, later, *partial,
+        q.stride(1), key.stride(1), v.stride(1), dout.stride(1),
+        n_heads, piece_rows, piece_rows // ROWS_BETWEEN_STATES, num_warps=8,
+    )  # fmt: skip
 
 
 def _end_at_once(cu_seqlens: Tensor, seqlen: int, chunk: int) -> Tensor:

@@ -21,6 +21,7 @@ from hippos.ops.ssm_conv.schedule import (
 )
 
 MOST_STEPS = 16  # of a lane, which the kernel's scan knows
+ROWS_BETWEEN_STATES = 4  # of packed documents
 FEW_STEPS = 4  # where sequences are too short for so many; eight spill registers
 
 
@@ -96,10 +97,10 @@ def row_schedule(dtype: torch.dtype, n_modes: int, device: torch.device) -> Sche
 
 
 def row_saved_shape(q: torch.Tensor, n_modes: int, n_docs: int) -> tuple[int, int, int, int, int]:
-    """Shape of the states, float32, that the forward pass of packed documents saves for the backward pass."""
+    """Shape of the states that the forward pass of packed documents saves for the backward pass."""
     schedule = row_schedule(q.dtype, n_modes, q.device)
-    n_tiles = count_row_tiles(n_docs, q.shape[-1], schedule)
-    return 1, q.shape[1], n_tiles, schedule.padded_modes(n_modes), 2
+    n_rows = count_row_tiles(n_docs, q.shape[-1], schedule) * schedule.rows
+    return 1, q.shape[1], n_rows // ROWS_BETWEEN_STATES, schedule.padded_modes(n_modes), 2
 
 
 def window_len(chunk: int, n_taps: int) -> int:

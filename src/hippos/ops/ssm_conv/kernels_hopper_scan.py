@@ -69,7 +69,7 @@ def keep_powers(a_re, a_im):
 
 
 @gluon.jit
-def _power(powers, LEVEL: gl.constexpr, RUN: gl.constexpr, REVERSE: gl.constexpr):
+def power(powers, LEVEL: gl.constexpr, RUN: gl.constexpr, REVERSE: gl.constexpr):
     """The decay over 2**LEVEL chunks, (1, 1, 32).
 
     In registers it is held through the loop, for which only two warp groups with short runs have room.
@@ -97,13 +97,13 @@ def _lane_power(powers, LEVEL: gl.constexpr, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def _advance(s_re, s_im, a_re, a_im, v_re, v_im):
+def advance(s_re, s_im, a_re, a_im, v_re, v_im):
     """One step of the recurrence: a s + v."""
     return (v_re + a_re * s_re) - a_im * s_im, (v_im + a_re * s_im) + a_im * s_re
 
 
 @gluon.jit
-def _exchange(half, LEVEL: gl.constexpr):
+def exchange(half, LEVEL: gl.constexpr):
     """The values of the lanes whose rows differ in the bit of LEVEL, 1 to 3."""
     K: gl.constexpr = 8 >> LEVEL
     bits = gl.reshape(half.to(gl.int32, bitcast=True), (16 // K, 2, K, 32))
@@ -114,21 +114,21 @@ def _exchange(half, LEVEL: gl.constexpr):
 @gluon.jit
 def _enter(t_re, t_im, powers, carry_re, carry_im, LEVEL: gl.constexpr, RUN: gl.constexpr, REVERSE: gl.constexpr):
     """The state before each thread's chunks, and that after a run of 4 or 8, from what 2**LEVEL chunks add (t)."""
-    a_re, a_im = _power(powers, LEVEL, RUN, REVERSE)
+    a_re, a_im = power(powers, LEVEL, RUN, REVERSE)
     if (2 << LEVEL) > RUN:
-        end_re, end_im = _advance(carry_re, carry_im, a_re, a_im, t_re, t_im)
+        end_re, end_im = advance(carry_re, carry_im, a_re, a_im, t_re, t_im)
         return carry_re, carry_im, end_re, end_im
     else:
-        other_re, other_im = _exchange(t_re, LEVEL), _exchange(t_im, LEVEL)
+        other_re, other_im = exchange(t_re, LEVEL), exchange(t_im, LEVEL)
         is_later = (half_lane() >> (3 - LEVEL)) & 1 == (0 if REVERSE else 1)
         first_re, first_im = gl.where(is_later, other_re, t_re), gl.where(is_later, other_im, t_im)
         second_re, second_im = gl.where(is_later, t_re, other_re), gl.where(is_later, t_im, other_im)
-        both_re, both_im = _advance(first_re, first_im, a_re, a_im, second_re, second_im)
+        both_re, both_im = advance(first_re, first_im, a_re, a_im, second_re, second_im)
         start_re, start_im, end_re, end_im = _enter(
             both_re, both_im, powers, carry_re, carry_im, LEVEL + 1, RUN, REVERSE
         )
-        a_re, a_im = _power(powers, LEVEL, RUN, REVERSE)
-        middle_re, middle_im = _advance(start_re, start_im, a_re, a_im, first_re, first_im)
+        a_re, a_im = power(powers, LEVEL, RUN, REVERSE)
+        middle_re, middle_im = advance(start_re, start_im, a_re, a_im, first_re, first_im)
         start_re, start_im = gl.where(is_later, middle_re, start_re), gl.where(is_later, middle_im, start_im)
         return start_re, start_im, end_re, end_im
 
@@ -196,7 +196,7 @@ def _enter_warps(t_re, t_im, powers, carry_re, carry_im, totals, RUN: gl.constex
         start_re, start_im = gl.where(is_here, carry_re, start_re), gl.where(is_here, carry_im, start_im)
         add_re = _add_of_warp(totals[0], WARPS - 1 - step if REVERSE else step, RUN)
         add_im = _add_of_warp(totals[1], WARPS - 1 - step if REVERSE else step, RUN)
-        carry_re, carry_im = _advance(carry_re, carry_im, a_re, a_im, add_re, add_im)
+        carry_re, carry_im = advance(carry_re, carry_im, a_re, a_im, add_re, add_im)
     return start_re, start_im, carry_re, carry_im
 
 
@@ -211,19 +211,19 @@ def _enter_lanes(t_re, t_im, powers, carry_re, carry_im, totals, RUN: gl.constex
     if RUN > 16:
         sum_re, sum_im = v_re[0], v_im[0]
         for place in gl.static_range(1, 8):
-            sum_re, sum_im = _advance(sum_re, sum_im, a_re, a_im, v_re[place], v_im[place])
+            sum_re, sum_im = advance(sum_re, sum_im, a_re, a_im, v_re[place], v_im[place])
         s0_re, s0_im, carry_re, carry_im = _enter_warps(
             sum_re, sum_im, powers, carry_re, carry_im, totals, RUN, REVERSE
         )
-    s1_re, s1_im = _advance(s0_re, s0_im, a_re, a_im, v_re[0], v_im[0])
-    s2_re, s2_im = _advance(s1_re, s1_im, a_re, a_im, v_re[1], v_im[1])
-    s3_re, s3_im = _advance(s2_re, s2_im, a_re, a_im, v_re[2], v_im[2])
-    s4_re, s4_im = _advance(s3_re, s3_im, a_re, a_im, v_re[3], v_im[3])
-    s5_re, s5_im = _advance(s4_re, s4_im, a_re, a_im, v_re[4], v_im[4])
-    s6_re, s6_im = _advance(s5_re, s5_im, a_re, a_im, v_re[5], v_im[5])
-    s7_re, s7_im = _advance(s6_re, s6_im, a_re, a_im, v_re[6], v_im[6])
+    s1_re, s1_im = advance(s0_re, s0_im, a_re, a_im, v_re[0], v_im[0])
+    s2_re, s2_im = advance(s1_re, s1_im, a_re, a_im, v_re[1], v_im[1])
+    s3_re, s3_im = advance(s2_re, s2_im, a_re, a_im, v_re[2], v_im[2])
+    s4_re, s4_im = advance(s3_re, s3_im, a_re, a_im, v_re[3], v_im[3])
+    s5_re, s5_im = advance(s4_re, s4_im, a_re, a_im, v_re[4], v_im[4])
+    s6_re, s6_im = advance(s5_re, s5_im, a_re, a_im, v_re[5], v_im[5])
+    s7_re, s7_im = advance(s6_re, s6_im, a_re, a_im, v_re[6], v_im[6])
     if RUN == 16:
-        carry_re, carry_im = _advance(s7_re, s7_im, a_re, a_im, v_re[7], v_im[7])
+        carry_re, carry_im = advance(s7_re, s7_im, a_re, a_im, v_re[7], v_im[7])
     s_re = _of_eight((s0_re, s1_re, s2_re, s3_re, s4_re, s5_re, s6_re, s7_re), REVERSE)
     s_im = _of_eight((s0_im, s1_im, s2_im, s3_im, s4_im, s5_im, s6_im, s7_im), REVERSE)
     s_re, s_im = gl.split(gl.convert_layout(gl.join(s_re, s_im), half_pairs_layout(gl.num_warps())))
@@ -242,14 +242,14 @@ def pass_states(
     v are the chunks' own contributions, powers the decays from `keep_powers` (conjugate ones with REVERSE), carry the
     state before the run, as `no_carry` has it; totals is shared memory, for runs longer than a warp's 16 chunks.
     """
-    a_re, a_im = _power(powers, 0, RUN, REVERSE)
-    t_re, t_im = _advance(v0_re, v0_im, a_re, a_im, v1_re, v1_im)
+    a_re, a_im = power(powers, 0, RUN, REVERSE)
+    t_re, t_im = advance(v0_re, v0_im, a_re, a_im, v1_re, v1_im)
     if RUN >= 16:
         s0_re, s0_im, end_re, end_im = _enter_lanes(t_re, t_im, powers, carry_re, carry_im, totals, RUN, REVERSE)
     else:
         s0_re, s0_im, end_re, end_im = _enter(t_re, t_im, powers, carry_re, carry_im, 1, RUN, REVERSE)
-    a_re, a_im = _power(powers, 0, RUN, REVERSE)
-    s1_re, s1_im = _advance(s0_re, s0_im, a_re, a_im, v0_re, v0_im)
+    a_re, a_im = power(powers, 0, RUN, REVERSE)
+    s1_re, s1_im = advance(s0_re, s0_im, a_re, a_im, v0_re, v0_im)
     return s0_re, s0_im, s1_re, s1_im, end_re, end_im
 
 
