@@ -146,9 +146,10 @@ class TestGpu:
         found = gradients_of(in_one, inputs, dout, cu_seqlens=packed)
         again = gradients_of(in_one, inputs, dout, cu_seqlens=packed)
         wanted = gradients_of(one_by_one, inputs, dout, torch.float64, cu_seqlens=packed)
-        # Queries, keys and values are rounded, then what is made of them.
-        limit = 4 * ROUNDING[dtype] if dtype == torch.bfloat16 else 2e-5
-        for got, want, same in zip(found, wanted, again, strict=True):
+        usual = gradients_of(one_by_one, inputs, dout, cu_seqlens=packed)
+        for got, want, other, same in zip(found, wanted, usual, again, strict=True):
+            # Plain PyTorch rounds queries, keys and values too, but neither shifted keys nor states.
+            limit = 2.5 * relative_error(other, want) if dtype == torch.bfloat16 else 2e-5
             assert relative_error(got, want) < limit
             assert torch.equal(got, same)
 

@@ -28,7 +28,7 @@ from hippos.train.step_graph import GraphedPasses
 Part = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 STEP, PASSES, OPTIMISER, PART = "step", "forward + backward", "optimiser", "forward + backward of the part"
 CHECKED_TOKENS = 128
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from hippos.ops.add_norm.kernels import add_norm_bwd_kernel, add_norm_kernel, renorm_kernel
+from hippos.ops.column_sums.launch import column_sums
 
 # A tile of so many numbers leaves 32 of each tensor to a thread.
 _TILE = 4096
@@ -84,7 +85,7 @@ def add_norm_bwd(
         HAS_DSUM=dsum is not None, HAS_DNORMED=dnormed is not None, WRITES_UPDATE=writes,
         ROWS=rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    return dstream, dupdate, shares.sum(1)
+    return dstream, dupdate, column_sums(shares)
 
 
 def _tile(d_model: int) -> tuple[int, int]:

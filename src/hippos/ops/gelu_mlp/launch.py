@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.column_sums.launch import column_sums
 from hippos.ops.gelu_mlp.kernels import gelu_bwd_kernel, gelu_kernel
 
 _ROWS, _BLOCK = 8, 512
@@ -40,4 +41,4 @@ def gelu_bwd_(inner: Tensor, dact: Tensor, act: Tensor | None) -> Tensor:
         inner, dact, act if act is not None else dact, shares, n_rows, d_ff, n_programs,
         WRITES_ACT=act is not None, ROWS=_BWD_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return shares.sum(0)
+    return column_sums(shares)

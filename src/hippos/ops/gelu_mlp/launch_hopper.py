@@ -85,6 +85,7 @@ def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, tiles: Tiles = B
     Returns:
         dinner, shape (T, F), and its sum over rows, the gradient of the bias, float32.
     """
+    from hippos.ops.column_sums.launch import column_sums
     from hippos.ops.gelu_mlp.kernels_hopper import gelu_product_bwd_hopper_kernel
 
     n_rows, d_ff = inner.shape
@@ -97,7 +98,7 @@ def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, tiles: Tiles = B
         ),
         shares, n_rows, d_ff, **_constants(dy.shape[1], tiles),
     )  # fmt: skip
-    return dinner, shares.sum(0)
+    return dinner, column_sums(shares)
 
 
 def _grid(n_rows: int, d_ff: int, tiles: Tiles, device: torch.device) -> tuple[int]:
