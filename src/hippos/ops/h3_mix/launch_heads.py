@@ -138,9 +138,12 @@ def h3_heads_fwd(
     y = torch.empty_like(inputs.q)
     final = _states(inputs, passes) if wants_state else None
     initial = None if inputs.initial_state is None else pad_modes(inputs.initial_state, passes.modes)
-    for heads in _slices(inputs, passes):
+    slices = _slices(inputs, passes)
+    largest = inputs.k[:, : len(slices[0]) * head_dim]
+    memory = y if _lies_in_output(inputs, passes) else torch.empty_like(largest, dtype=key_dtype(largest))
+    for heads in slices:
         few = _channels_of(inputs, heads, head_dim)
-        key = y if _lies_in_output(inputs, passes) else torch.empty_like(few.k, dtype=key_dtype(few.k))
+        key = y if memory is y else memory[:, : few.k.shape[1]]
         _shift_keys(few, key, cu_seqlens)
         passes.convolve(key, inputs.q, inputs.v, y, sums_over_keys=True, initial=initial, final=final, heads=heads)
     state = torch.empty(0, device=y.device) if final is None else drop_padding(final, inputs.log_a.shape[1])
