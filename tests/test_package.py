@@ -50,6 +50,17 @@ print(cost, *[name for name in ours if name.rpartition(".")[2].startswith(("kern
     assert any(cost() <= 0.5 for _ in range(3))
 
 
+def test_recipes_settings_and_reports_wait_for_no_trainer():
+    script = """
+import sys, hippos.report, hippos.train
+hippos.train.apply_settings(hippos.train.find_recipe("small"), ["steps=3"])
+print(*sorted({"transformers.modeling_utils", "transformers.trainer"} & set(sys.modules)))
+assert hippos.train.train.__module__ == "hippos.train.run"
+assert not hasattr(hippos.train, "nonsense")
+"""
+    assert run(script).strip() == ""
+
+
 def test_no_source_file_is_too_long_to_read():
     too_long = {str(path): n for path in SOURCES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
     assert not too_long

@@ -13,9 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from hippos.errors import ConfigError, TrainingError
 from hippos.train.checkpoints import last_checkpoint, remove_debris, write_atomically
 from hippos.train.config import TrainConfig
@@ -24,6 +21,9 @@ from hippos.train.storage import resume_command, storage_error
 from hippos.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
     from hippos.models import H3Config
     from hippos.train.preparation import PreparedData
 
