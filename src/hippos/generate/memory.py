@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hippos.generate.h3_decoder import TOKENS_AT_ONCE
 from hippos.generate.state import n_bytes_of_row
 
 _SHARE_OF_FREE = 0.9
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -23,7 +25,8 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu":
-        return _free_on_host()
+        told = [amount for amount in (_free_on_host(), _free_in_container(_CONTAINER)) if amount is not None]
+        return min(told, default=None)
     return None
 
 
@@ -35,6 +38,16 @@ def _free_on_host() -> int | None:
                     return int(line.split()[1]) * 1024
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _free_in_container(group: Path) -> int | None:
+    """What a container's limit (of Linux, cgroup v2) leaves; files read before give way. None without a limit."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        amounts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(limit - used + int(amounts["inactive_file"]), 0)
+    except (OSError, ValueError, KeyError):  # no such file, or "max": no limit
         return None
 
 
