@@ -9,6 +9,7 @@ from hippos.ops.add_norm import add_norm
 from hippos.ops.arguments import Impl
 from hippos.ops.cross_entropy import linear_cross_entropy
 from hippos.ops.discretise import discretise
+from hippos.ops.embed import embed
 from hippos.ops.fft_conv import fft_conv
 from hippos.ops.gelu_mlp import gelu_mlp
 from hippos.ops.h3_mix import H3State, h3_mix
@@ -25,6 +26,7 @@ __all__ = [
     "discretise",
     "dplr_filter",
     "dss_filter",
+    "embed",
     "fft_conv",
     "gelu_mlp",
     "h3_mix",
