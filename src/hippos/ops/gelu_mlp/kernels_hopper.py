@@ -131,15 +131,14 @@ def gelu_product_hopper_kernel(
             first = column + half * (COLUMNS // 2)
             columns = first + gl.arange(0, COLUMNS // 2, layout=gl.SliceLayout(0, HALF))
             bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
-            rounded = (gl.convert_layout(halves[half], HALF, assert_trivial=True) + bias[None, :]).to(dtype)
+            x = gl.convert_layout(halves[half], HALF, assert_trivial=True) + bias[None, :]
             tma.store_wait(1)  # what has left first
             gl.thread_barrier()
-            inner_tile.store(rounded)
+            inner_tile.store(x.to(dtype))
             hopper.fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(inner, [row, first], inner_tile)
-            x = rounded.to(gl.float32)
-            x *= _gate(x)
+            x *= _gate(x)  # not rounded before: a conversion of single numbers takes as long as an exponential
             tma.store_wait(1)
             gl.thread_barrier()
             act_tile.store(x.to(dtype))
@@ -191,7 +190,7 @@ def gelu_product_bwd_hopper_kernel(
         x = inner_tile.load(MMA).to(gl.float32)
         gate = _gate(x)
         steep = x * (1.5957691216057308 + 0.21406443848094036 * (x * x))  # 2 x u'(x)
-        gradient = (acc * gate) * (steep * (1.0 - gate) + 1.0)
+        gradient = acc * (steep * (gate - gate * gate) + gate)
         gl.thread_barrier()
         inner_tile.store(gradient.to(dtype))
         hopper.fence_async_shared()
