@@ -76,8 +76,8 @@ class GradientMean:
             if missing[place] == 0:
                 exchanges[place] = _exchange(self._parts[place])
 
-        register = "register_post_accumulate_grad_hook"  # untyped
-        hooks = [getattr(parameter, register)(arrive) for parameter in self._parameters]
+        untyped: list[Any] = [*self._parameters]
+        hooks = [parameter.register_post_accumulate_grad_hook(arrive) for parameter in untyped]
         try:
             yield
         finally:
