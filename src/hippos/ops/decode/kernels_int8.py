@@ -110,7 +110,7 @@ def vector_linear_int8_kernel(
         mask = k + offs_k < K if MASKS_INPUTS else None
         if k > 0:
             if MASKS_INPUTS:
-                w = tl.load(w_ptrs + k, mask=mask[None, :], other=0, eviction_policy="evict_first")
+                w = tl.load(w_ptrs + k, mask=(k + offs_k < K)[None, :], other=0, eviction_policy="evict_first")
             else:
                 w = tl.load(w_ptrs + k, eviction_policy="evict_first")
         x = tl.load(x_ptr + k + offs_k, mask=mask, other=0.0 if MASKS_INPUTS else None).to(tl.float32)
