@@ -141,7 +141,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     dtype: Dtype = "auto"
     seed: int = 0
-    loss_chunk_tokens: int = 4096
+    loss_chunk_tokens: int = 8192
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
