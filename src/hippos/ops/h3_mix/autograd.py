@@ -97,8 +97,8 @@ def h3_mix_triton(
     n_past = shift_filter.shape[1] - 1
     # The kernel's state is that after the last whole chunk; what is left is shorter than a chunk.
     layer = (shift_filter, shift_d, log_a, b)
-    has_rows = head_dim == 1 and cu_seqlens is not None
-    choose = row_schedule if has_rows else forward_schedule
+    has_rows = cu_seqlens is not None and (head_dim == 1 or initial is None)
+    choose = row_schedule if cu_seqlens is not None and head_dim == 1 else forward_schedule
     chunk = choose(q.dtype, log_a.shape[1], q.device).chunk
     rest = q.shape[-1] % chunk
     if cu_seqlens is not None:

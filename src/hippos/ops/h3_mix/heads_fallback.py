@@ -13,7 +13,7 @@ from hippos.ops.h3_mix.shift_conv import shift_conv_adjoint, shift_conv_chunked,
 from hippos.ops.h3_mix.state import H3State, diag_state_sizes
 from hippos.ops.ssm_conv import kernel_fallback as diagonal
 from hippos.ops.ssm_conv.chunked import Inputs
-from hippos.ops.ssm_conv.kernel_fallback import none
+from hippos.ops.ssm_conv.kernel_fallback import before_last_row, none
 from hippos.ops.ssm_conv.schedule import forward_schedule
 
 
@@ -38,6 +38,7 @@ def heads_forward_without_kernels(
     layer = (shift_filter, shift_d, log_a, b, c, d)
     bounds = [0, q.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()
     n_states = len(bounds) - 1 if cu_seqlens is not None else q.shape[0]
+    is_aligned = cu_seqlens is not None and initial_state is None
     if past is None:
         past = k.new_zeros(n_states, k.shape[1], shift_filter.shape[1] - 1)
     if initial_state is None:
@@ -49,7 +50,7 @@ def heads_forward_without_kernels(
         if left < right:
             y, _ = h3_mix_torch(*_cut((q, k, v), left, right), *layer, head_dim, before, None, False)
             outputs.append(y)
-        whole = left + (right - left) // chunk * chunk
+        whole = left + (before_last_row(left, right, chunk) if is_aligned else (right - left) // chunk * chunk)
         after = before if return_state else None
         if return_state and left < whole:
             _, after = h3_mix_torch(*_cut((q, k, v), left, whole), *layer, head_dim, before, None, True)
@@ -82,11 +83,16 @@ def heads_backward_without_kernels(
     """Gradients of the eleven input tensors; those of absent ones are empty."""
     layer = (shift_filter, shift_d, log_a, b, c, d)
     bounds = [0, q.shape[-1]] if cu_seqlens is None else cu_seqlens.tolist()
-    parts = []
+    chunk, parts = forward_schedule(q.dtype, log_a.shape[1], q.device).chunk, []
     for doc, (left, right) in enumerate(pairwise(bounds)):
         rows = slice(None) if cu_seqlens is None else slice(doc, doc + 1)
-        states = [None if x is None else x[rows] for x in (past, initial_state, dstate)]
-        parts.append(_gradients(_cut((q, k, v), left, right), layer, head_dim, dout[..., left:right], *states))
+        before, entering, last = (None if x is None else x[rows] for x in (past, initial_state, dstate))
+        whole = before_last_row(left, right, chunk) if cu_seqlens is not None and initial_state is None else None
+        parts.append(
+            _gradients(
+                _cut((q, k, v), left, right), layer, head_dim, dout[..., left:right], before, entering, last, whole
+            )
+        )
     signals, parameters, befores = (list(zip(*part, strict=True)) for part in zip(*parts, strict=True))
     dq, dk, dv = (torch.empty_like(dout, dtype=q.dtype).copy_(torch.cat(dx, dim=-1)) for dx in signals)
     dpast, dinitial = (torch.cat(dx) for dx in befores)
@@ -104,6 +110,7 @@ def _gradients(
     past: Tensor | None,
     initial: Tensor | None,
     dstate: Tensor | None,
+    whole: int | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Gradients of signals, parameters, and of what was before them, of sequences of one length."""
     (q, k, v), (shift_filter, shift_d, log_a, b, c, d) = signals, layer
@@ -131,7 +138,7 @@ def _gradients(
     mixed, _ = diagonal.forward_without_kernels(inputs, None, False)
     dmixed = as_batch(query.unsqueeze(3) * douts.unsqueeze(2))
     dlast = None if dstate is None else as_batch(dstate).contiguous()
-    du, dlog_a, db, dc, dd, _, _, dinitial = diagonal.backward_without_kernels(inputs, None, dmixed, dlast)
+    du, dlog_a, db, dc, dd, _, _, dinitial = diagonal.backward_without_kernels(inputs, None, dmixed, dlast, None, whole)
     dproduct = as_pairs(du)
     dq = (as_pairs(mixed) * douts.unsqueeze(2)).sum(3)
     dkey, dv = (dproduct * values.unsqueeze(2)).sum(3), (dproduct * keys.unsqueeze(3)).sum(2)

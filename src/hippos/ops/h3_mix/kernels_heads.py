@@ -28,10 +28,11 @@ from hippos.ops.ssm_conv.kernels import (
 
 
 @triton.jit
-def locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS: tl.constexpr):
-    """Sequence in memory (int64), first sample and length of lanes of any shape; no samples past the last lane.
+def locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS: tl.constexpr, ALIGN: tl.constexpr):
+    """Sequence in memory (int64), first sample and length of lanes of any shape, and how many samples are not theirs.
 
-    Whatever the offsets of documents are, their samples lie in the sequence.
+    Those come first: documents' lanes begin at a multiple of ALIGN, unless that is 0. No samples past the last lane;
+    and whatever the offsets of documents are, their samples lie in the sequence.
     """
     is_lane = lane < n_total
     if HAS_DOCUMENTS:
@@ -39,9 +40,27 @@ def locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS: tl.conste
         end = tl.load(cu_seqlens_ptr + lane + 1, mask=is_lane, other=0).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), seqlen).to(tl.int32)
         end = tl.minimum(tl.maximum(end, begin), seqlen).to(tl.int32)
-        return (lane * 0).to(tl.int64), begin, tl.where(is_lane, end - begin, 0)
+        first = begin // ALIGN * ALIGN if ALIGN > 0 else begin
+        length = tl.where(is_lane & (begin < end), end - first, 0)
+        return (lane * 0).to(tl.int64), first, length, begin - first
     else:
-        return lane.to(tl.int64), lane * 0, tl.where(is_lane, seqlen, 0)
+        return lane.to(tl.int64), lane * 0, tl.where(is_lane, seqlen, 0), lane * 0
+
+
+@triton.jit
+def kept_samples(length, CHUNK: tl.constexpr, ALIGN: tl.constexpr):
+    """Samples of lanes before which their final state is taken: whole chunks, all or, if aligned, all but the last."""
+    return (tl.maximum(length, 1) - 1) // CHUNK * CHUNK if ALIGN > 0 else length // CHUNK * CHUNK
+
+
+@triton.jit
+def load_samples(ptrs, times, first, inside, is_row, seqlen, ALIGN: tl.constexpr):
+    """Samples of lanes in float32, zero outside; where lanes are aligned in wide words, others' samples with them."""
+    if ALIGN > 0:
+        there = (first[:, None] + times < seqlen) & is_row[:, None]
+        return tl.where(inside, tl.load(ptrs + times, mask=there, other=0.0).to(tl.float32), 0.0)
+    else:
+        return tl.load(ptrs + times, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -65,7 +84,7 @@ def h3_heads_kernel(
     CHUNK: tl.constexpr, REDUCED: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr, MODES: tl.constexpr,
     SPAN: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
     IN_PLACE: tl.constexpr, HAS_INITIAL: tl.constexpr, WANTS_FINAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    REVERSE: tl.constexpr,
+    ALIGN: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Out[k] = sum_r gate[r] * conv(K, reduced[r] * kept[k]) for one head, KEPT of its channels k, LANES sequences.
 
@@ -111,7 +130,7 @@ def h3_heads_kernel(
     rows = tl.arange(0, ROWS)
     lane = group * LANES + rows // (KEPT * REDUCED)
     kept_place, reduced_place = block * KEPT + rows // REDUCED % KEPT, rows % REDUCED
-    sequence, first, length = locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS)
+    sequence, first, length, skip = locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS, ALIGN)
     is_row = (kept_place < head_dim) & (reduced_place < head_dim)
     kept_channel, reduced_channel = (head * head_dim + kept_place).to(tl.int64), head * head_dim + reduced_place
     reduced_channel = reduced_channel.to(tl.int64)
@@ -123,13 +142,15 @@ def h3_heads_kernel(
     head_size = head_dim.to(tl.int64) * head_dim * (2 * MODES)
     state_at = ((lane.to(tl.int64) * n_heads + head) * head_size + pair_at)[:, None] + pairs
     is_state = (is_row & (lane < n_total))[:, None] & (pairs >= 0)
-    whole = length // CHUNK * CHUNK
+    whole = kept_samples(length, CHUNK, ALIGN)
     slot = saved_slots(lane, first, seqlen, SPAN, HAS_DOCUMENTS) if SPAN > 0 else sequence
 
     # The output's rows.
     out_rows = tl.arange(0, LANES * KEPT)
     out_lane, out_place = group * LANES + out_rows // KEPT, block * KEPT + out_rows % KEPT
-    out_sequence, out_first, out_length = locate_lanes(out_lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS)
+    out_sequence, out_first, out_length, out_skip = locate_lanes(
+        out_lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS, ALIGN
+    )
     out_channel = (head * head_dim + out_place).to(tl.int64)
     out_ptrs = out_ptr + (out_sequence * out_stride_b + out_channel * out_stride_c + out_first)[:, None]
 
@@ -140,10 +161,10 @@ def h3_heads_kernel(
     n_chunks = tl.cdiv(longest, CHUNK)
     for step in tl.range(0, n_chunks, num_stages=1):
         begin = (n_chunks - 1 - step if REVERSE else step) * CHUNK
-        times = begin + cols
-        mask = (times[None, :] < length[:, None]) & is_row[:, None]
-        x = tl.load(reduced_ptrs + times[None, :], mask=mask, other=0.0).to(tl.float32)
-        x *= tl.load(kept_ptrs + times[None, :], mask=mask, other=0.0).to(tl.float32)
+        times = (begin + cols)[None, :]
+        mask = (times >= skip[:, None]) & (times < length[:, None]) & is_row[:, None]
+        x = load_samples(reduced_ptrs, times, first, mask, is_row, seqlen, ALIGN)
+        x *= load_samples(kept_ptrs, times, first, mask, is_row, seqlen, ALIGN)
         x, x_exponent = scaled_operand(x, into.dtype, IS_SCALED)
         w = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:
@@ -173,7 +194,7 @@ def h3_heads_kernel(
             state_exponent = exponent_to_half(peak_of(state))
             state_exponent = tl.minimum(state_exponent, x_exponent + tap_exponent - outof_exponent + 16)
         state = to_operand(state, state_exponent, into.dtype, IS_SCALED)
-        gate = tl.load(gate_ptrs + times[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = load_samples(gate_ptrs, times, first, mask, is_row, seqlen, ALIGN)
         acc = tl.dot(x, toeplitz, input_precision=PRECISION)
         if PLANES == 2:
             acc = tl.dot(x, toeplitz_rest, acc, input_precision=PRECISION)
@@ -185,10 +206,19 @@ def h3_heads_kernel(
         if IS_SCALED:
             acc = acc * two_to(-state_exponent) * two_to(-outof_exponent)
         out = tl.sum(tl.reshape(acc * gate, (LANES * KEPT, REDUCED, CHUNK)), axis=1)
-        is_out = (times[None, :] < out_length[:, None]) & (out_place < head_dim)[:, None]
+        is_out = out_place < head_dim
+        is_one = is_out & (begin >= out_skip) & (begin + CHUNK <= out_length)
+        is_out = (times >= out_skip[:, None]) & (times < out_length[:, None]) & is_out[:, None]
         if IN_PLACE:
             tl.debug_barrier()  # all threads have read what some of them write over
-        tl.store(out_ptrs + times[None, :], out.to(out_ptr.dtype.element_ty), mask=is_out)
+        out = out.to(out_ptr.dtype.element_ty)
+        if ALIGN > 0:  # chunks of one document in wide words, the few others one by one
+            tl.store(out_ptrs + times, out, mask=tl.broadcast_to(is_one[:, None], out.shape))
+            is_out = is_out & (is_one == 0)[:, None]
+            if tl.max(tl.max(is_out.to(tl.int32), axis=1), axis=0) > 0:
+                tl.store(out_ptrs + times, out, mask=is_out)
+        else:
+            tl.store(out_ptrs + times, out, mask=is_out)
     if WANTS_FINAL:
         if REVERSE:
             if HAS_INITIAL:
@@ -236,7 +266,7 @@ def h3_heads_parameters_kernel(
     n_heads, head_dim, seqlen, n_total, n_blocks, n_items,
     CHUNK: tl.constexpr, REDUCED: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr, MODES: tl.constexpr,
     SPAN: tl.constexpr, WHOLE: tl.constexpr, PLANES: tl.constexpr, IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_DSTATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    HAS_DSTATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Sums over ``n_items`` tiles of pairs of one head: the gradients of its chunk operators, one set a program.
 
@@ -277,7 +307,7 @@ def h3_heads_parameters_kernel(
     for item in tl.range(first_item, last_item, num_stages=1):
         lane = item // n_blocks * LANES + rows // (KEPT * REDUCED)
         kept_place = item % n_blocks * KEPT + kept_row
-        sequence, first, length = locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS)
+        sequence, first, length, skip = locate_lanes(lane, n_total, seqlen, cu_seqlens_ptr, HAS_DOCUMENTS, ALIGN)
         is_row = (kept_place < head_dim) & (reduced_place < head_dim)
         kept_channel = (head * head_dim + kept_place).to(tl.int64)
         key_at = (sequence * key_stride_b + reduced_channel * key_stride_c + first)[:, None]
@@ -287,7 +317,7 @@ def h3_heads_parameters_kernel(
         pair_at = (reduced_place * head_dim + kept_place).to(tl.int64) * (2 * MODES)
         dstate_at = ((lane.to(tl.int64) * n_heads + head) * head_size + pair_at)[:, None] + pairs
         is_state = (is_row & (lane < n_total))[:, None] & (pairs >= 0)
-        whole = length // WHOLE * WHOLE
+        whole = kept_samples(length, WHOLE, ALIGN)
         slot = saved_slots(lane, first, seqlen, SPAN, HAS_DOCUMENTS)
         longest = tl.max(length, axis=0) if HAS_DOCUMENTS else seqlen
         n_spans = tl.cdiv(longest, SPAN)
@@ -303,9 +333,9 @@ def h3_heads_parameters_kernel(
             for step in tl.range(0, n_chunks, num_stages=1):
                 tl.store(scratch_at + step * (ROWS * 2 * MODES), to_pairs(state_re, state_im))
                 times = (span_begin + step * CHUNK + cols)[None, :]
-                mask = (times < length[:, None]) & is_row[:, None]
-                x = tl.load(key_ptr + key_at + times, mask=mask, other=0.0).to(tl.float32)
-                x *= tl.load(value_ptr + value_at + times, mask=mask, other=0.0).to(tl.float32)
+                mask = (times >= skip[:, None]) & (times < length[:, None]) & is_row[:, None]
+                x = load_samples(key_ptr + key_at, times, first, mask, is_row, seqlen, ALIGN)
+                x *= load_samples(value_ptr + value_at, times, first, mask, is_row, seqlen, ALIGN)
                 x, exponent = scaled_operand(x, into.dtype, IS_SCALED)
                 w = tl.dot(x, into, input_precision=PRECISION)
                 if PLANES == 2:
@@ -322,11 +352,11 @@ def h3_heads_parameters_kernel(
                 chunk = n_chunks - 1 - step
                 begin = span_begin + chunk * CHUNK
                 times = (begin + cols)[None, :]
-                mask = (times < length[:, None]) & is_row[:, None]
-                x = tl.load(key_ptr + key_at + times, mask=mask, other=0.0).to(tl.float32)
-                x *= tl.load(value_ptr + value_at + times, mask=mask, other=0.0).to(tl.float32)
-                dy = tl.load(query_ptr + query_at + times, mask=mask, other=0.0).to(tl.float32)
-                dy *= tl.load(dout_ptr + dout_at + times, mask=mask, other=0.0).to(tl.float32)
+                mask = (times >= skip[:, None]) & (times < length[:, None]) & is_row[:, None]
+                x = load_samples(key_ptr + key_at, times, first, mask, is_row, seqlen, ALIGN)
+                x *= load_samples(value_ptr + value_at, times, first, mask, is_row, seqlen, ALIGN)
+                dy = load_samples(query_ptr + query_at, times, first, mask, is_row, seqlen, ALIGN)
+                dy *= load_samples(dout_ptr + dout_at, times, first, mask, is_row, seqlen, ALIGN)
                 state = tl.load(scratch_at + chunk * (ROWS * 2 * MODES))
                 if HAS_DSTATE:
                     is_end = is_state & (begin + CHUNK == whole)[:, None]

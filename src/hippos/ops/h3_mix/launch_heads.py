@@ -71,6 +71,7 @@ class _Passes(NamedTuple):
     schedule: Schedule
     modes: int
     n_lanes: int
+    align: int
 
     @property
     def tiles(self) -> HeadTiles:
@@ -115,7 +116,7 @@ class _Passes(NamedTuple):
             CHUNK=schedule.chunk, REDUCED=at.reduced, KEPT=at.kept, LANES=at.lanes, MODES=self.modes, SPAN=span,
             PLANES=schedule.planes, IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
             IN_PLACE=reduced is out, HAS_INITIAL=initial is not None, WANTS_FINAL=final is not None,
-            HAS_DOCUMENTS=self.cu_seqlens is not None, REVERSE=is_reverse,
+            HAS_DOCUMENTS=self.cu_seqlens is not None, ALIGN=self.align, REVERSE=is_reverse,
             num_warps=schedule.num_warps * (2 if at.reduced * at.kept * at.lanes > 64 else 1),
         )  # fmt: skip
 
@@ -129,7 +130,8 @@ def h3_heads_fwd(
         inputs: As in `h3_mix_fwd`; the diagonal SSM has H heads, the initial state is (n, H, P, P, M, 2).
         cu_seqlens: Offsets of packed documents, contiguous, unchecked, or None.
         head_dim: Channels a head P, 2 to 128.
-        wants_state: Return the state after the last whole chunk (otherwise an empty tensor).
+        wants_state: Return the state after the last whole chunk, or, of packed documents that start from none, that
+            before the chunk of the sequence in which each ends (otherwise an empty tensor).
 
     Returns:
         y, laid out like ``q``; the state, shape (n, H, P, P, M, 2).
@@ -221,6 +223,7 @@ def _parameter_gradients(
             CHUNK=chunk, REDUCED=at.reduced, KEPT=at.kept, LANES=at.lanes, MODES=modes, SPAN=span,
             WHOLE=passes.schedule.chunk, PLANES=schedule.planes, IS_SCALED=schedule.operand == torch.float16,
             PRECISION=schedule.precision, HAS_DSTATE=dstate is not None, HAS_DOCUMENTS=cu_seqlens is not None,
+            ALIGN=passes.align,
             num_warps=schedule.num_warps,
         )  # fmt: skip
     dlog_a, db, dc, dd = (torch.empty_like(x) for x in (log_a, b, c, d))
@@ -268,7 +271,8 @@ def _passes(inputs: MixInputs, cu_seqlens: Tensor | None, head_dim: int) -> _Pas
     schedule = forward_schedule(q.dtype, n_modes, q.device)
     n_lanes = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     operators = make_chunk_operators(log_a, b, c, d, schedule)
-    return _Passes(head_dim, cu_seqlens, operators, schedule, schedule.padded_modes(n_modes), n_lanes)
+    align = schedule.chunk if cu_seqlens is not None and inputs.initial_state is None else 0
+    return _Passes(head_dim, cu_seqlens, operators, schedule, schedule.padded_modes(n_modes), n_lanes, align)
 
 
 def _states(inputs: MixInputs, passes: _Passes) -> Tensor:

@@ -29,14 +29,14 @@ def forward_without_kernels(
         return _forward(inputs, return_state, _whole_samples(inputs))
     bounds = cu_seqlens.tolist()
     outputs = [
-        _forward(part, return_state, _whole_samples(part) if row_chunk is None else _before_last_row(*span, row_chunk))
+        _forward(part, return_state, _whole_samples(part) if row_chunk is None else before_last_row(*span, row_chunk))
         for part, span in zip(_documents(inputs, cu_seqlens), pairwise(bounds), strict=True)
     ]
     ys, states = zip(*outputs, strict=True)
     return torch.cat(ys, dim=-1), torch.cat(states)
 
 
-def _before_last_row(begin: int, end: int, chunk: int) -> int:
+def before_last_row(begin: int, end: int, chunk: int) -> int:
     """Samples of a document before the chunk that it ends in."""
     return max(0, (end - 1) // chunk * chunk - begin)
 
@@ -54,17 +54,25 @@ def _forward(inputs: Inputs, return_state: bool, whole: int) -> tuple[Tensor, Te
 
 
 def backward_without_kernels(
-    inputs: Inputs, cu_seqlens: Tensor | None, dout: Tensor, dstate: Tensor | None, row_chunk: int | None = None
+    inputs: Inputs,
+    cu_seqlens: Tensor | None,
+    dout: Tensor,
+    dstate: Tensor | None,
+    row_chunk: int | None = None,
+    whole: int | None = None,
 ) -> Gradients:
-    """Gradients of the eight input tensors; those of absent ones are empty. ``row_chunk`` as in the forward pass."""
+    """Gradients of the eight input tensors; those of absent ones are empty. ``row_chunk`` as in the forward pass.
+
+    ``whole``: samples after which the state was taken, where sequences are no documents; whole chunks if None.
+    """
     if cu_seqlens is None:
-        gradients = _backward(inputs, dout, dstate, _whole_samples(inputs))
+        gradients = _backward(inputs, dout, dstate, _whole_samples(inputs) if whole is None else whole)
     else:
         parts = []
         bounds = cu_seqlens.tolist()
         for doc, part in enumerate(_documents(inputs, cu_seqlens)):
             left, right = bounds[doc], bounds[doc + 1]
-            whole = _whole_samples(part) if row_chunk is None else _before_last_row(left, right, row_chunk)
+            whole = _whole_samples(part) if row_chunk is None else before_last_row(left, right, row_chunk)
             found = _backward(part, dout[..., left:right], _row(dstate, doc), whole)
             parts.append(Inputs(*found))  # type: ignore[arg-type]
         gradients = [_join(name, [getattr(part, name) for part in parts]) for name in Inputs._fields]
