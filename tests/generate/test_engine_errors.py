@@ -80,11 +80,12 @@ def test_out_of_memory_says_which_batch_would_fit(make_model, ids, monkeypatch):
     assert len(generate(model, ids(fitting, 11), max_new_tokens=N_NEW).tokens) == fitting
 
 
-def test_the_allocators_error_says_it_too(make_model, ids, monkeypatch):
+@pytest.mark.parametrize("words", ["not enough memory", "can't allocate memory"])
+def test_the_allocators_error_says_it_too(make_model, ids, monkeypatch, words):
     model = make_model(attn_layers=(1,))
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+        raise RuntimeError(f"[enforce fail] DefaultCPUAllocator: {words}: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(model.model.layers[0].mlp, "forward", fail)
     with pytest.raises(OutOfMemoryError, match="out of memory on cpu: 2 texts of 13 tokens"):

@@ -116,11 +116,19 @@ def test_missing_wandb_is_said(tiny: TrainConfig, tmp_path: Path, monkeypatch: p
         train(apply_settings(tiny, ["wandb=yes"]), tmp_path / "run", progress=QUIET)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "),
+    ],
+    ids=["GPU", "CPU"],
+)
 def test_batch_that_does_not_fit_says_what_would(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(RunTrainer, "compute_loss", full)
     message = r"2 sequences of 24 tokens do not fit on cpu \(.* GiB .*\)\. What takes less: --set micro_batch_size=1 "

@@ -114,16 +114,17 @@ def advising_on_memory(model: Any, batch: int, *, context: int, held: int, chunk
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfMemoryError) or not _is_out_of_memory(error):
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         free = free_bytes(model.device)
         free = None if free is None else free + held
         raise OutOfMemoryError(_advice(model, batch, context, free, chunk_len)) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator raised it: PyTorch's for CPUs has no exception of its own, and words for each system."""
+    is_plain = any(sign in str(error) for sign in ("not enough memory", "can't allocate memory"))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_plain
 
 
 def _advice(model: Any, batch: int, context: int, free: int | None, chunk_len: int | None) -> str:

@@ -32,6 +32,7 @@ from hippos.data import (
 )
 from hippos.errors import TrainingError
 from hippos.evaluate import TextScore, score_packed
+from hippos.generate.memory import is_out_of_memory
 from hippos.layers import param_groups
 from hippos.models.context import ContextPart, split_context
 from hippos.train.arguments import (
@@ -248,7 +249,9 @@ class RunTrainer(CheckpointingTrainer):
                 loss = self._replay(model, inputs, super().training_step)
             else:
                 loss = super().training_step(model, inputs, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise too_large(self.config, self.args.per_device_train_batch_size, self.args.device, self.run) from error
         self._step_loss = self._step_loss + loss
         if self._mean is not None and self.accelerator.sync_gradients:
