@@ -73,9 +73,8 @@ def _operators() -> dict[str, str]:
 
     from hippos import ops
     from hippos.errors import UnsupportedError
-    from hippos.generate.load import find_device
 
-    device = find_device("auto")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     one, rows = torch.ones(1, 1, 1, device=device), torch.ones(1, 1, device=device)
     channel, pairs = torch.ones(1, device=device), torch.zeros(1, 1, 2, device=device)
     state = ops.H3State(torch.zeros(1, 1, 0, device=device), torch.zeros(1, 1, 1, 2, device=device))
