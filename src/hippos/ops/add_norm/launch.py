@@ -9,9 +9,9 @@ from torch import Tensor
 from hippos.ops.add_norm.kernels import add_norm_bwd_kernel, add_norm_kernel, renorm_kernel
 from hippos.ops.column_sums.launch import column_sums
 
-# A tile of so many numbers leaves 32 of each tensor to a thread.
-_TILE = 4096
-_PROGRAMS_PER_PROCESSOR = 2  # as many as have room there
+# Tiles of so many numbers leave 32 of each tensor to a thread, and 16 in the backward pass.
+_TILE, _BWD_TILE = 4096, 2048
+_PROGRAMS_PER_PROCESSOR = 4  # as many as have room there
 
 
 def add_norm_fwd(
@@ -76,7 +76,7 @@ def add_norm_bwd(
     dstream = torch.empty_like(total)
     writes = update_dtype != total.dtype
     dupdate = torch.empty_like(total, dtype=update_dtype) if writes else total.new_empty(0, dtype=update_dtype)
-    rows, block = _tile(d_model)
+    rows, block = _tile(d_model, _BWD_TILE)
     n_programs = min(triton.cdiv(n_rows, rows), _PROGRAMS_PER_PROCESSOR * _processors(total.device))
     shares = torch.empty(3, n_programs, d_model, dtype=torch.float32, device=total.device)
     add_norm_bwd_kernel[(n_programs,)](
@@ -88,9 +88,9 @@ def add_norm_bwd(
     return dstream, dupdate, column_sums(shares)
 
 
-def _tile(d_model: int) -> tuple[int, int]:
+def _tile(d_model: int, numbers: int = _TILE) -> tuple[int, int]:
     block = triton.next_power_of_2(d_model)
-    return max(1, min(8, _TILE // block)), block
+    return max(1, min(8, numbers // block)), block
 
 
 def _processors(device: torch.device) -> int:
