@@ -76,6 +76,18 @@ def test_linear_maps(generator, device, dtype, batch, count, n_outputs, n_inputs
 
 @on_a_device
 @dtypes
+@pytest.mark.parametrize("large", [1e2, 3e4])
+def test_one_large_input_hides_no_other(generator, device, dtype, large):
+    skip_interpreted_bfloat16(device, dtype)
+    x = draw(generator, 1, 2048, device=device, dtype=dtype)
+    weight = draw_weight(generator, 64, 2048, device=device)
+    x[0, 5] = large
+    wanted = exact(x, [weight], None)
+    assert (linear_step_int8(x, [weight], None) - wanted).norm() < TOLERANCES[dtype] * wanted.norm()
+
+
+@on_a_device
+@dtypes
 @pytest.mark.parametrize("n_inputs", [64, 192, 1024])
 def test_one_token_is_normalised_first_or_added_to_what_is_there(generator, device, dtype, n_inputs):
     skip_interpreted_bfloat16(device, dtype)

@@ -47,7 +47,8 @@ def rows_linear_int8_hopper_kernel(
 ):
     """Compute y = act(s (x W^T) + b) for up to BLOCK_B tokens, with COUNT weights of N rows, given as descriptors.
 
-    Otherwise as `rows_linear_int8_kernel`. Tiles of weights and of tokens go round in rings of shared memory.
+    Otherwise as `rows_linear_int8_kernel`. Tiles of weights and of tokens go round in rings of shared memory, and the
+    weights of the next step are converted while tensor cores multiply.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_B, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -70,7 +71,7 @@ def rows_linear_int8_hopper_kernel(
         mbarrier.init(arrived.index(s), count=1)
     hopper.fence_async_shared()
     gl.thread_barrier()
-    for s in gl.static_range(WEIGHT_TILES - 1):
+    for s in gl.static_range(WEIGHT_TILES):
         if s < STEPS:
             ready, tile = arrived.index(s), w_tiles.index(s)
             _ask_for_weights(w0, w1, w2, which, row, start + s * BLOCK_K, ready, tile, COUNT, BYTES)
@@ -90,26 +91,31 @@ def rows_linear_int8_hopper_kernel(
             async_copy.async_copy_global_to_shared(x_tiles.index(s), x_ptrs + s * BLOCK_K, mask=is_token)
         async_copy.commit_group()
     acc = gl.zeros((BLOCK_N, BLOCK_B), gl.float32, MMA)
+    mbarrier.wait(arrived.index(0), 0)
+    w = w_tiles.index(0).load(LEFT).to(x_ptr.dtype.element_ty)
     for i in range(STEPS):
         async_copy.wait_group(TOKEN_TILES - 2)
         hopper.fence_async_shared()
-        mbarrier.wait(arrived.index(i % WEIGHT_TILES), (i // WEIGHT_TILES) & 1)
         gl.thread_barrier()
-        # All warps have done with the tiles of the step before, whose places are free now.
+        # All warps have this step's weights in their registers, and have done with the tokens of the step before.
         if STEPS >= TOKEN_TILES:
             later = i + TOKEN_TILES - 1
             if later < STEPS:
                 place = x_tiles.index(later % TOKEN_TILES)
                 async_copy.async_copy_global_to_shared(place, x_ptrs + later * BLOCK_K, mask=is_token)
         async_copy.commit_group()
-        if STEPS >= WEIGHT_TILES:
-            later = i + WEIGHT_TILES - 1
+        if STEPS > WEIGHT_TILES:
+            later = i + WEIGHT_TILES
             if later < STEPS:
                 ready, tile = arrived.index(later % WEIGHT_TILES), w_tiles.index(later % WEIGHT_TILES)
                 _ask_for_weights(w0, w1, w2, which, row, start + later * BLOCK_K, ready, tile, COUNT, BYTES)
-        w = w_tiles.index(i % WEIGHT_TILES).load(LEFT).to(x_ptr.dtype.element_ty)
         acc = hopper.warpgroup_mma(w, x_tiles.index(i % TOKEN_TILES).permute((1, 0)), acc, is_async=True)
-        acc = hopper.warpgroup_mma_wait(0, [acc])
+        following = i + 1
+        # While tensor cores multiply, the next weights are converted; behind the last ones, whatever lies there.
+        mbarrier.wait(arrived.index(following % WEIGHT_TILES), (following // WEIGHT_TILES) & 1, pred=following < STEPS)
+        next_w = w_tiles.index(following % WEIGHT_TILES).load(LEFT).to(x_ptr.dtype.element_ty)
+        acc, w = hopper.warpgroup_mma_wait(0, [acc, w])
+        w = next_w
     acc = acc * scale[:, None]
     token = gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, MMA))[None, :]
     places = token * n_outputs + (which * N + row + output)[:, None]

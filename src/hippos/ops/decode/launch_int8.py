@@ -23,7 +23,7 @@ from hippos.ops.kernel_device import is_interpreted
 
 _MOST_STAGES = 6
 _WEIGHTS_OF_A_THREAD = 128  # that one token is multiplied by
-_MOST_INPUTS_AT_ONCE = 8192
+_INPUTS_OF_FOUR_WARPS = 8192
 
 
 def vector_linear_int8(
@@ -39,9 +39,9 @@ def vector_linear_int8(
     n_rows, n_inputs = weights[0].values.shape
     y = torch.empty(1, n_rows * len(weights), dtype=x.dtype, device=x.device) if add_to is None else add_to
     block_k = triton.next_power_of_2(n_inputs)
-    block_k = block_k if norm is not None else min(block_k, _MOST_INPUTS_AT_ONCE)
     norm_weight, norm_bias, eps = (x, x, 0.0) if norm is None else norm
-    block_n = max(4 * 32 * _WEIGHTS_OF_A_THREAD // max(block_k, 2048), 1)
+    num_warps = 4 if block_k <= _INPUTS_OF_FOUR_WARPS else 4 * block_k // _INPUTS_OF_FOUR_WARPS
+    block_n = max(num_warps * 32 * _WEIGHTS_OF_A_THREAD // max(block_k, 2048), 1)
     values, scales, biases_or_x = _parts(x, weights, biases)
     vector_linear_int8_kernel[(triton.cdiv(n_rows, block_n) * len(weights),)](
         x,
@@ -63,10 +63,10 @@ def vector_linear_int8(
         ADDS=add_to is not None,
         MASKS_ROWS=n_rows % block_n != 0,
         MASKS_INPUTS=n_inputs % block_k != 0,
-        PERMUTES=not is_interpreted(),
+        IN_HARDWARE=not is_interpreted(),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=4,
+        num_warps=num_warps,
         **_overlap(x),
     )
     return y

@@ -44,7 +44,7 @@ def splits_of_inputs(n_outputs: int, n_inputs: int, block_k: int) -> int:
 
 def hopper_tiles(block_b: int, block_k: int) -> dict[str, int]:
     """Tiles in shared memory, half a multiprocessor's, so that the next kernel's weights may come meanwhile."""
-    n_token_tiles = 2 if block_b * block_k > 4096 else 4
+    n_token_tiles = 3 if block_b * block_k > 4096 else 4
     free = _BYTES - n_token_tiles * block_b * block_k * 2
     return {"WEIGHT_TILES": min(free // (BLOCK_N * block_k), _MOST_WEIGHT_TILES), "TOKEN_TILES": n_token_tiles}
 
