@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from hippos.ops.h3_mix.entering import past_keys_adjoint
-from hippos.ops.h3_mix.kernels_heads import h3_heads_kernel, h3_heads_parameters_kernel
+from hippos.ops.h3_mix.kernels_heads import h3_heads_kernel
+from hippos.ops.h3_mix.kernels_heads_parameters import h3_heads_parameters_kernel
 from hippos.ops.h3_mix.launch import (
     _shift_keys,
     _shift_keys_bwd,
