@@ -164,7 +164,9 @@ class TestOnGpu:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    @pytest.mark.parametrize("lengths", [(500, 64, 1, 63, 65, 0, 1000, 3000), (4096,), (100, 8001, 92), (7,) * 300])
+    @pytest.mark.parametrize(
+        "lengths", [(500, 64, 1, 63, 65, 0, 1000, 3000), (4096,), (100, 8001, 91), (64, 3, 0, 189) * 32, (7,) * 300]
+    )
     def test_outputs_and_gradients(self, lengths, dtype):
         bounds = bounds_of(*lengths)
         inputs = make_inputs(1, 3, bounds[-1], 64, 32, dtype, has_state=False)
