@@ -29,8 +29,8 @@ class Tiles(NamedTuple):
 
 
 # At widths of 768 on an H100, the end of a tile is a third of its time, and another program's products fill it.
-_SHORT_SUM = 1024
-_ONE_PROGRAM, _TWO_PROGRAMS = Tiles(), Tiles(128, 128, 32, 5, 4, 2)
+_FORWARD, _BACKWARD = Tiles(128, 128, 32, 5, 4, 2), Tiles()
+_LONGEST_SUM = 1024  # cuBLAS gains with longer ones, for which nobody has timed the programs
 _LEAST_ROWS = 4096  # with fewer, most multiprocessors would have a tile or two, whose ends nothing overlaps
 _ALIGNED = 16  # bytes, of addresses and rows
 
@@ -45,11 +45,12 @@ def takes_hopper(left: Tensor, right: Tensor, d_ff: int) -> bool:
         and all(x.is_contiguous() and x.data_ptr() % _ALIGNED == 0 for x in (left, right))
         and all(size * left.element_size() % _ALIGNED == 0 for size in (left.shape[1], d_ff))
         and len(left) >= _LEAST_ROWS
+        and left.shape[1] <= _LONGEST_SUM
         and has_hopper_programs(left.device)
     )
 
 
-def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles = _FORWARD) -> tuple[Tensor, Tensor]:
     """Make inner = rows @ weight.T + bias, and GELU(inner).
 
     Args:
@@ -64,7 +65,6 @@ def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None
     from hippos.ops.gelu_mlp.kernels_hopper import gelu_product_hopper_kernel
 
     (n_rows, d_model), d_ff = rows.shape, len(weight)
-    tiles = tiles or (_TWO_PROGRAMS if d_model <= _SHORT_SUM else _ONE_PROGRAM)
     inner, act = (rows.new_empty(n_rows, d_ff) for _ in range(2))
     half = (tiles.rows, tiles.columns // 2)
     gelu_product_hopper_kernel[_grid(n_rows, d_ff, tiles, rows.device)](
@@ -76,7 +76,7 @@ def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None
     return inner, act
 
 
-def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, tiles: Tiles = _ONE_PROGRAM) -> tuple[Tensor, Tensor]:
+def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, tiles: Tiles = _BACKWARD) -> tuple[Tensor, Tensor]:
     """Make dinner, the gradient of inner in GELU(inner), from that of the GELU's output, dy @ weight.
 
     Args:
