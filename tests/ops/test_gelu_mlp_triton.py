@@ -73,7 +73,9 @@ def test_large_inputs_in_the_interpreter():
         (torch.bfloat16, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize(("shape", "d_ff"), [((1, 8), 16), ((50, 16), 600), ((2, 1000, 768), 3072), ((5, 1000, 768), 3072)])
+@pytest.mark.parametrize(
+    ("shape", "d_ff"), [((1, 8), 16), ((50, 16), 600), ((2, 1000, 768), 3072), ((5, 1000, 768), 3072)]
+)
 def test_kernels_on_a_gpu(generator, shape, d_ff, dtypes, recomputes):
     check(generator, shape, d_ff, *dtypes, "cuda", recomputes=recomputes)
 
