@@ -34,7 +34,7 @@ def draw_maps(generator, d_model, d_ff, count, *, device="cpu", dtype=torch.floa
     )  # fmt: skip
 
 
-def run(mixed, x, maps, *, block_k, weight_tiles, token_tiles):
+def run(mixed, x, maps, *, block_k, w_tiles, x_tiles):
     """The kernel's output, or the parts that it leaves behind the last layer; counts for the next are set to zero."""
     (batch, d_model), d_ff, count = x.shape, maps.fc1[0].shape[0], len(maps.weights_in)
     splits = d_ff // d_model
@@ -43,28 +43,29 @@ def run(mixed, x, maps, *, block_k, weight_tiles, token_tiles):
     descriptors = [Descriptor(weight) for weight in weights] * (3 if len(weights) == 1 else 1)
     bias = torch.cat(maps.biases_in) if count else maps.fc1[1]
     y, parts = torch.full((batch, len(weights) * d_in), torch.nan), torch.full((2, splits, batch, d_model), torch.nan)
+    u, inner = torch.full_like(x, torch.nan), torch.full((batch, d_ff), torch.nan)
     next_counts = torch.full((N_COUNTS,), 77, dtype=torch.int32)
     run_meeting_programs(
         MODULE, "between_kernel", d_ff // 64,
-        mixed, x, torch.full_like(x, torch.nan), torch.full((batch, d_ff), torch.nan), y, parts,
+        Descriptor(mixed), Descriptor(u), Descriptor(inner), x, u, inner, y, parts,
         torch.zeros(N_COUNTS, dtype=torch.int32), next_counts,
         Descriptor(maps.out[0]), Descriptor(maps.fc1[0]), Descriptor(maps.fc2[0]), *descriptors,
         maps.out[1], maps.fc1[1], maps.fc2[1], bias, d_in, 2 * d_in,
         *maps.norm[:2], *maps.next_norm[:2], EPS, NEXT_EPS, batch,
         D=d_model, D_FF=d_ff, D_IN=d_in, COUNT=count, SPLITS=splits, BLOCK_N=64, BLOCK_K=block_k,
-        WEIGHT_TILES=weight_tiles, TOKEN_TILES=token_tiles,
+        W_TILES=w_tiles, X_TILES=x_tiles,
     )  # fmt: skip
     assert not next_counts.any()
     return y if count else parts[1].sum(0)
 
 
-@pytest.mark.parametrize(("batch", "count"), [(5, 3), (64, 1), (2, 0)])
+@pytest.mark.parametrize(("batch", "count"), [(5, 3), (16, 1), (2, 0)])
 @pytest.mark.parametrize(
     "tiles",
     [
-        {"block_k": 64, "weight_tiles": 3, "token_tiles": 4},
-        {"block_k": 64, "weight_tiles": 5, "token_tiles": 2},
-        {"block_k": 32, "weight_tiles": 7, "token_tiles": 3},
+        {"block_k": 64, "w_tiles": 3, "x_tiles": 4},
+        {"block_k": 64, "w_tiles": 8, "x_tiles": 2},
+        {"block_k": 32, "w_tiles": 7, "x_tiles": 3},
     ],
 )
 def test_a_stretch_of_products(generator, batch, count, tiles):

@@ -78,7 +78,7 @@ def test_what_the_program_takes():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("batch", "d_model"), [(1, 32), (19, 96), (64, 2048)])
+@pytest.mark.parametrize(("batch", "d_model"), [(1, 64), (19, 192), (64, 2048)])
 def test_steps_on_a_gpu(batch, d_model, dtype):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")

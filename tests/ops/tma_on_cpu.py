@@ -61,31 +61,109 @@ def run_program(module: Path, kernel: str, grid: tuple[int, int], *args, more=_n
         space[kernel](*given, **constants)
 
 
-def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, **constants) -> None:
-    """As `run_program`, for programs of one axis of which each waits for all others in ``_meet``."""
-    given = [_given(x) for x in args]
-    meeting, errors = threading.Barrier(n_programs), []
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes that were expected have come."""
 
-    def run(program: int) -> None:
-        names = _names(module, (program, 0))
-        names["gl"].num_programs = lambda axis: n_programs
-        names["_meet"] = lambda count, n: meeting.wait(timeout=60)
+    def __init__(self, is_over: threading.Event) -> None:
+        self._changed, self._is_over = threading.Condition(), is_over
+        self._phase = self._n_bytes = 0
+        self._count = self._missing = 1
+
+    def init(self, count: int) -> None:
+        self._count = self._missing = count
+
+    def move(self, *, arrivals: int = 0, n_bytes: int = 0) -> None:
+        with self._changed:
+            self._missing -= arrivals
+            self._n_bytes += n_bytes
+            assert self._missing >= 0, "more have arrived than were expected"
+            if self._missing == 0 and self._n_bytes == 0:
+                self._phase, self._missing = self._phase + 1, self._count
+                self._changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        """Until the phase of this parity has ended: the one that goes on is of the other."""
+        with self._changed:
+            while self._phase % 2 == parity:
+                if self._is_over.is_set():
+                    raise threading.BrokenBarrierError
+                self._changed.wait(timeout=0.2)
+
+
+class Barriers(list):
+    """Some of them."""
+
+    def index(self, index) -> Barrier:  # type: ignore[override]
+        return self[int(index)]
+
+
+def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, **constants) -> None:
+    """As `run_program`, for programs of one axis of which each waits for all others in ``_meet``; so do their warps."""
+    given = [_given(x) for x in args]
+    meeting, errors, is_over = threading.Barrier(n_programs), [], threading.Event()
+
+    def run(work) -> None:
         try:
-            names[kernel](*given, **constants)
+            work()
         except threading.BrokenBarrierError:
             pass  # another program has failed
         except BaseException as error:
             errors.append(error)
+            is_over.set()
             meeting.abort()
 
-    threads = [threading.Thread(target=run, args=(program,)) for program in range(n_programs)]
+    def specialise(works, n_warps, n_registers) -> None:
+        assert len(works) == len(n_warps) + 1 == len(n_registers) + 1
+        _run_together([lambda work=work, given=given: run(lambda: work(*given)) for work, given in works])
+
+    def program(number: int) -> None:
+        names = _names(module, (number, 0))
+        gl = names["gl"]
+        allocate = gl.allocate_shared_memory
+        gl.num_programs = lambda axis: n_programs
+        gl.inline_asm_elementwise = _nothing
+        gl.warp_specialize = specialise
+        gl.allocate_shared_memory = lambda dtype, shape, layout: (
+            allocate(dtype, shape, layout) if dtype != torch.int64 else _barriers(shape, is_over)
+        )
+        names["_meet"] = lambda count, n: meeting.wait(timeout=60)
+        names["mbarrier"] = SimpleNamespace(
+            MBarrierLayout=_nothing,
+            init=lambda barrier, count: barrier.init(count),
+            expect=lambda barrier, n_bytes, pred=True: bool(raw(pred)) and barrier.move(arrivals=1, n_bytes=n_bytes),
+            wait=lambda barrier, parity: barrier.wait(int(raw(parity))),
+            arrive=lambda barrier, count, pred=True: bool(raw(pred)) and barrier.move(arrivals=count),
+        )
+        names["tma"] = SimpleNamespace(async_copy_global_to_shared=_copy_tile_and_tell)
+        names[kernel](*given, **constants)
+
+    _run_together([lambda number=number: run(lambda: program(number)) for number in range(n_programs)])
+    if errors:
+        raise errors[0]
+
+
+def _run_together(works) -> None:
+    threads = [threading.Thread(target=work) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
-    assert not meeting.broken
+
+
+def _barriers(shape, is_over):
+    return Barriers(Barrier(is_over) for _ in range(shape[0])) if len(shape) > 1 else Barrier(is_over)
+
+
+def _copy_tile_and_tell(source, place, barrier, tile, pred=True):
+    """Two bytes a number, as on a GPU; what lies below the matrix is zero."""
+    row, column = (int(raw(x)) for x in place)
+    n_rows, n_columns = tile.tensor.shape
+    if bool(raw(pred)):
+        assert 0 <= row < len(source.matrix)
+        assert 0 <= column <= source.matrix.shape[1] - n_columns
+        found = source.matrix[row : row + n_rows, column : column + n_columns]
+        tile.tensor.zero_()[: len(found)] = found
+        barrier.move(n_bytes=-2 * n_rows * n_columns)
 
 
 def _names(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hippos.generate.int8_linear import Int8Linear
@@ -13,13 +14,17 @@ from hippos.layers.projections import is_plain_linear
 from hippos.layers.rotary import apply_rotary, rotary_angles
 from hippos.models.attention import CachedSelfAttention
 from hippos.ops.decode import (
+    N_COUNTS,
+    Between,
     StepBooks,
     StepNorm,
     add_norm,
     attention_step,
+    between_mixings,
     finish_step,
     linear_step,
     linear_step_parts,
+    takes_between,
     takes_kernels,
 )
 from hippos.ops.decode.int8_weight import linear_step_int8, linear_step_int8_parts, why_not_int8
@@ -30,7 +35,8 @@ class FusedStep:
     """One more token of each text.
 
     Per layer one kernel for the projections in, one for the mixing, one for the projection out, two for the MLP; for
-    more than one text also two that add to the stream and normalise it.
+    more than one text also two that add to the stream and normalise it. On a GPU for which there is such a kernel, all
+    but the mixing is one for several texts.
 
     Args:
         model: An H3 language model that `fits`.
@@ -38,6 +44,7 @@ class FusedStep:
 
     def __init__(self, model: Any) -> None:
         self._body = model.model
+        self._counts = self._counts_between()
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -52,6 +59,10 @@ class FusedStep:
                 return False
         return True
 
+    def takes_turns(self, batch: int) -> bool:
+        """Whether steps of so many texts must not run at the same time as others, see `hippos.ops.decode.in_turn`."""
+        return self._counts is not None and batch > 1
+
     def advance(self, tokens: Tensor, state: GenerationState) -> None:
         """Advance the state by tokens, shape (B,), but for the host's counts."""
         body = self._body
@@ -63,7 +74,8 @@ class FusedStep:
             self._advance_one(x, state)
             finish_step(x, None, None, _norm(body.norm), books)
         else:
-            parts, bias = self._advance_few(x, state)
+            counts = self._counts
+            parts, bias = self._advance_few(x, state) if counts is None else self._advance_between(x, state, counts)
             finish_step(x, parts, bias, _norm(body.norm), books)
 
     def _advance_one(self, x: Tensor, state: GenerationState) -> None:
@@ -96,20 +108,59 @@ class FusedStep:
                 u = add_norm(x, parts, mlp.fc2.bias, *_norm(blocks[i + 1].norm1))
         return parts, mlp.fc2.bias
 
+    def _counts_between(self) -> Tensor | None:
+        """Counts of each layer for `between_mixings`, shape (layers, `N_COUNTS`); None if that does not go."""
+        blocks = list(self._body.layers)
+        probe = self._body.norm.weight.new_empty(2, self._body.norm.weight.shape[0])
+        for block in blocks:
+            linears = _projections(block.mixer)
+            plain = _are_plain([*linears, block.mlp.fc1, block.mlp.fc2], probe)
+            n_in = sum(linear.out_features for linear in linears[:-1])
+            if not (linears and plain and takes_between(probe, block.mlp.fc1.out_features, n_in)):
+                return None
+        # Each call sets the counts of the next one to zero, which must not be its own.
+        return torch.zeros(len(blocks), N_COUNTS, dtype=torch.int32, device=probe.device) if len(blocks) > 1 else None
+
+    def _advance_between(self, x: Tensor, state: GenerationState, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_advance_few`."""
+        blocks = list(self._body.layers)
+        u = add_norm(x, None, None, *_norm(blocks[0].norm1))
+        projected = _map(u, _projections(blocks[0].mixer)[:-1])
+        for i, (block, layer) in enumerate(zip(blocks, state.layers, strict=True)):
+            mixed = self._mix_projected(block.mixer, projected, layer, state)
+            following = blocks[i + 1] if i + 1 < len(blocks) else None
+            maps = _between(block, following)
+            projected = between_mixings(mixed, x, maps, counts[i], counts[(i + 1) % len(counts)])
+        return projected, blocks[-1].mlp.fc2.bias
+
     def _mix(
         self, mixer: nn.Module, u: Tensor, layer: Any, state: GenerationState, *, norm: StepNorm | None
     ) -> Tensor | None:
         """What goes into the mixer's ``out_proj``, shape (B, D); None for a mixer that is not made of these kernels."""
         linears = _projections(mixer)[:-1]
-        if not linears:
-            return None
-        projected = _map(u, linears, norm=norm)
+        return self._mix_projected(mixer, _map(u, linears, norm=norm), layer, state) if linears else None
+
+    def _mix_projected(self, mixer: nn.Module, projected: Tensor, layer: Any, state: GenerationState) -> Tensor:
         if isinstance(mixer, CachedSelfAttention):
             return _attend(mixer, projected, layer, state.lengths)
         q, k, v = projected.chunk(3, dim=1)
         operators: Any = mixer.step_operators()  # type: ignore[operator]
         # The product in front writes q, k and v alone.
         return h3_step_prepared(q, k, v, layer, operators, ring_position=state.ring, may_overlap=True)
+
+
+def _between(block: Any, following: Any) -> Between:
+    """The maps from the mixing of a block to that of the following one, which the last block has not."""
+    linears = [] if following is None else _projections(following.mixer)[:-1]
+    return Between(
+        out=(block.mixer.out_proj.weight, block.mixer.out_proj.bias),
+        norm=_norm(block.norm2),
+        fc1=(block.mlp.fc1.weight, block.mlp.fc1.bias),
+        fc2=(block.mlp.fc2.weight, block.mlp.fc2.bias),
+        next_norm=_norm(block.norm2 if following is None else following.norm1),
+        weights_in=[linear.weight for linear in linears],
+        biases_in=[linear.bias for linear in linears],
+    )
 
 
 def _are_plain(linears: list[nn.Linear], probe: Tensor) -> bool:

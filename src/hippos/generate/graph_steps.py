@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.sampling import Sampler, Sampling, log_probability
 from hippos.generate.steps import HostStep
+from hippos.ops.decode import in_turn
 from hippos.ops.graph_capture import capture_into
 
 STEPS_AHEAD = 3
@@ -40,6 +42,7 @@ class GraphSteps:
         self._n_wanted = self._n_launched = self._n_given = 0
         with torch.no_grad(), torch.cuda.device_of(self._tokens):  # type: ignore[no-untyped-call]
             self._graph = self._capture()
+        self._takes_turns = decoder.takes_turns
         self._kept = decoder.operators()  # the graph reads them, and reading a prompt makes the layers drop them
 
     def start(self, seed: int | None, rows: Sequence[int] | None, *, max_new_tokens: int) -> None:
@@ -62,7 +65,8 @@ class GraphSteps:
             if self._n_launched == 0:
                 self._choose()
             else:
-                self._graph.replay()
+                with in_turn(self._tokens.device) if self._takes_turns else nullcontext():
+                    self._graph.replay()
                 self.decoder.count_step()
             self._slots[self._n_launched % len(self._slots)].fill(self._tokens, self._log_probs)
             self._n_launched += 1

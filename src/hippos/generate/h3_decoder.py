@@ -123,6 +123,12 @@ class H3Decoder:
         self.state.lengths.add_(1)
         self.state.ring.add_(1)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether replays of a captured step must be launched within `hippos.ops.decode.in_turn`."""
+        batch = self.state.batch
+        return self._fused is not None and batch <= MOST_ROWS and self._fused.takes_turns(batch)
+
     def operators(self) -> list[object]:
         """What the layers have made of their parameters for steps; a CUDA graph reads it and keeps none of it alive."""
         parts = [module for module in self.model.modules() if isinstance(module, H3 | SSMModule)]

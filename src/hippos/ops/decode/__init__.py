@@ -24,6 +24,7 @@ from hippos.ops.decode.reference import (
     linear_step_reference,
     norm_tokens_reference,
 )
+from hippos.ops.decode.turns import in_turn
 from hippos.ops.kernel_device import why_not_device
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "between_mixings",
     "finish_step",
     "greedy_step",
+    "in_turn",
     "linear_step",
     "linear_step_parts",
     "norm_tokens",

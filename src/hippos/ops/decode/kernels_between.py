@@ -1,8 +1,9 @@
 """What lies between two mixings of a decode step, as one program for Hopper: projection out, MLP, projections in.
 
-Each product reads weights that depend on nothing, so that which of them a program will read is known from the
-beginning: they go round in one ring of shared memory through all products, and go on arriving while the programs, one
-on a multiprocessor, meet between two products.
+Each product reads weights that depend on nothing, and which of them a program will read is known from the beginning. So
+a warp of its own asks for them, one product after the other, as soon as there is room in shared memory: they go on
+arriving while the programs, one on a multiprocessor, meet between two products. Another warp asks for the tokens, which
+are known once all have met.
 """
 
 # mypy: ignore-errors
@@ -12,7 +13,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
@@ -24,8 +25,15 @@ def _gelu(x):
 
 
 @gluon.jit
+def _order_copies():
+    """Let copies by descriptors see what stores have written, and the other way round."""
+    gl.inline_asm_elementwise("fence.proxy.async.global; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _meet(count_ptr, n_programs):
     """Wait until all programs have come here, counted from zero on; each sees what the others have written before."""
+    _order_copies()
     gl.thread_barrier()
     gl.inline_asm_elementwise(
         """
@@ -51,72 +59,94 @@ def _meet(count_ptr, n_programs):
         pack=1,
     )
     gl.thread_barrier()
+    _order_copies()
 
 
 @gluon.jit
-def _copy(w0, w1, w2, which, row, column, arrived, tile, is_wanted, COUNT: gl.constexpr):
-    """Copy a tile of one of COUNT weights, 1 or 3, to shared memory."""
-    if COUNT == 1:
-        tma.async_copy_global_to_shared(w0, [row, column], arrived, tile, pred=is_wanted)
-    else:
-        tma.async_copy_global_to_shared(w0, [row, column], arrived, tile, pred=is_wanted & (which == 0))
-        tma.async_copy_global_to_shared(w1, [row, column], arrived, tile, pred=is_wanted & (which == 1))
-        tma.async_copy_global_to_shared(w2, [row, column], arrived, tile, pred=is_wanted & (which == 2))
+def _send(matrix, row, column, number, ring, full, empty, TILES: gl.constexpr, BYTES: gl.constexpr):
+    """Copy a tile to its place in a ring of TILES, once those who read the one before it there have done."""
+    place = number % TILES
+    mbarrier.wait(empty.index(place), ((number // TILES) & 1) ^ 1)
+    mbarrier.expect(full.index(place), BYTES)
+    tma.async_copy_global_to_shared(matrix, [row, column], full.index(place), ring.index(place))
+
+
+@gluon.jit
+def _send_weights(
+    w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row, ring, full, empty,
+    OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, COUNT: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """A warp's work: OUT, FC1, FC2 and IN tiles of weights, the last of one of COUNT weights."""
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
+    LAST: gl.constexpr = OUT + FC1 + FC2
+    for i in range(OUT):
+        _send(w_out, out_row, out_column + i * BLOCK_K, i, ring, full, empty, TILES, BYTES)
+    for i in range(FC1):
+        _send(w_fc1, row, i * BLOCK_K, OUT + i, ring, full, empty, TILES, BYTES)
+    for i in range(FC2):
+        _send(w_fc2, out_row, fc2_column + i * BLOCK_K, OUT + FC1 + i, ring, full, empty, TILES, BYTES)
+    if which == 0:
+        for i in range(IN):
+            _send(w_in0, in_row, i * BLOCK_K, LAST + i, ring, full, empty, TILES, BYTES)
+    if COUNT > 1:  # a condition for the compiler
+        if which == 1:
+            for i in range(IN):
+                _send(w_in1, in_row, i * BLOCK_K, LAST + i, ring, full, empty, TILES, BYTES)
+        if which == 2:
+            for i in range(IN):
+                _send(w_in2, in_row, i * BLOCK_K, LAST + i, ring, full, empty, TILES, BYTES)
+
+
+@gluon.jit
+def _send_tokens(
+    mixed, u, inner, out_column, fc2_column, has_in, ring, full, empty, known,
+    OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, BLOCK_K: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """Another warp's work: the tokens that these weights are multiplied by, each product's once it is told."""
+    BYTES: gl.constexpr = 64 * BLOCK_K * 2
+    mbarrier.wait(known, 0)
+    gdc_wait()
+    for i in range(OUT):
+        _send(mixed, 0, out_column + i * BLOCK_K, i, ring, full, empty, TILES, BYTES)
+    mbarrier.wait(known, 1)
+    _order_copies()
+    for i in range(FC1):
+        _send(u, 0, i * BLOCK_K, OUT + i, ring, full, empty, TILES, BYTES)
+    mbarrier.wait(known, 0)
+    _order_copies()
+    for i in range(FC2):
+        _send(inner, 0, fc2_column + i * BLOCK_K, OUT + FC1 + i, ring, full, empty, TILES, BYTES)
+    if has_in:
+        mbarrier.wait(known, 1)
+        _order_copies()
+        for i in range(IN):
+            _send(u, 0, i * BLOCK_K, OUT + FC1 + FC2 + i, ring, full, empty, TILES, BYTES)
 
 
 @gluon.jit
 def _product(
-    x_ptr, w0, w1, w2, which, row, column,
-    next_w0, next_w1, next_w2, next_which, next_row, next_column, has_next,
-    batch, x_tiles, w_tiles, arrived,
-    K: gl.constexpr, COUNT: gl.constexpr, NEXT_COUNT: gl.constexpr, FIRST: gl.constexpr, STEPS: gl.constexpr,
-    NEXT_STEPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WEIGHT_TILES: gl.constexpr,
-    TOKEN_TILES: gl.constexpr,
+    x_ring, x_full, x_empty, w_ring, w_full, w_empty,
+    FIRST: gl.constexpr, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, X_TILES: gl.constexpr, W_TILES: gl.constexpr,
 ):  # fmt: skip
-    """Multiply up to 64 tokens by STEPS tiles of a weight, those from FIRST on in the ring.
-
-    Places in the ring that become free are for this product's later tiles, then for those of the next one.
-    """
+    """Multiply 64 tokens by a weight, tiles FIRST to FIRST + STEPS of both."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [4, 1], [1, 0])
-    BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
-    columns = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, COPY)) + column
-    columns = gl.max_contiguous(gl.multiple_of(columns, 8), 8)
-    x_ptrs = x_ptr + (rows[:, None] * K + columns[None, :])
-    is_row = (rows < batch)[:, None]  # what other rows hold ends in rows that are not stored
-    gl.thread_barrier()
-    for s in gl.static_range(TOKEN_TILES - 1):
-        if s < STEPS:
-            async_copy.async_copy_global_to_shared(x_tiles.index(s), x_ptrs + s * BLOCK_K, mask=is_row)
-        async_copy.commit_group()
     acc = gl.zeros((64, BLOCK_N), gl.float32, MMA)
     for i in range(STEPS):
-        async_copy.wait_group(TOKEN_TILES - 2)
-        hopper.fence_async_shared()
-        mbarrier.wait(arrived.index((FIRST + i) % WEIGHT_TILES), ((FIRST + i) // WEIGHT_TILES) & 1)
-        gl.thread_barrier()
-        w = w_tiles.index((FIRST + i) % WEIGHT_TILES).permute((1, 0))
-        acc = hopper.warpgroup_mma(x_tiles.index(i % TOKEN_TILES), w, acc, is_async=True)
-        # All warps have done with the tiles of the step before, whose places are free now.
-        if STEPS >= TOKEN_TILES:
-            later = i + TOKEN_TILES - 1
-            if later < STEPS:
-                place = x_tiles.index(later % TOKEN_TILES)
-                async_copy.async_copy_global_to_shared(place, x_ptrs + later * BLOCK_K, mask=is_row)
-        async_copy.commit_group()
-        later = i + WEIGHT_TILES - 1
-        at = (FIRST + later) % WEIGHT_TILES
-        is_next = (later >= STEPS) & (later < STEPS + NEXT_STEPS) & has_next
-        mbarrier.expect(arrived.index(at), BYTES, pred=(later < STEPS) | is_next)
-        if STEPS >= WEIGHT_TILES:
-            place = column + later * BLOCK_K
-            _copy(w0, w1, w2, which, row, place, arrived.index(at), w_tiles.index(at), later < STEPS, COUNT)
-        if NEXT_STEPS > 0:
-            place = next_column + (later - STEPS) * BLOCK_K
-            ready, tile = arrived.index(at), w_tiles.index(at)
-            _copy(next_w0, next_w1, next_w2, next_which, next_row, place, ready, tile, is_next, NEXT_COUNT)
-        acc = hopper.warpgroup_mma_wait(0, [acc])
+        number = FIRST + i
+        mbarrier.wait(w_full.index(number % W_TILES), (number // W_TILES) & 1)
+        mbarrier.wait(x_full.index(number % X_TILES), (number // X_TILES) & 1)
+        w = w_ring.index(number % W_TILES).permute((1, 0))
+        acc = hopper.warpgroup_mma(x_ring.index(number % X_TILES), w, acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(1, [acc])
+        gl.thread_barrier()  # all warps have done with the tiles of the step before
+        mbarrier.arrive(w_empty.index((number + W_TILES - 1) % W_TILES), count=1, pred=i > 0)
+        mbarrier.arrive(x_empty.index((number + X_TILES - 1) % X_TILES), count=1, pred=i > 0)
+    acc = hopper.warpgroup_mma_wait(0, [acc])
+    gl.thread_barrier()
+    mbarrier.arrive(w_empty.index((FIRST + STEPS - 1) % W_TILES), count=1)
+    mbarrier.arrive(x_empty.index((FIRST + STEPS - 1) % X_TILES), count=1)
     return acc
 
 
@@ -137,116 +167,149 @@ def _places(D: gl.constexpr):
 
 
 @gluon.jit
-def _add_and_norm(x_ptr, parts_ptr, b, norm_w, norm_b, u_ptr, eps, batch, D: gl.constexpr, PARTS: gl.constexpr):
-    """What `add_norm_kernel` does, for some of the tokens. What other programs wrote is read past the first cache."""
-    for token in range(gl.program_id(0), batch, gl.num_programs(0)):
-        places = token * D + _places(D)
-        x = gl.load(x_ptr + places, cache_modifier=".cg").to(gl.float32) + b.to(gl.float32)
-        for part in gl.static_range(PARTS):
-            x += gl.load(parts_ptr + part * batch * D + places, cache_modifier=".cg")
-        x = x.to(x_ptr.dtype.element_ty)
-        gl.store(x_ptr + places, x)
-        x = x.to(gl.float32)
-        centred = x - gl.sum(x, 0) / D
-        scale = 1.0 / gl.sqrt(gl.sum(centred * centred, 0) / D + eps)
-        u = centred * scale * norm_w.to(gl.float32) + norm_b.to(gl.float32)
-        gl.store(u_ptr + places, u.to(u_ptr.dtype.element_ty))
+def _sum_and_norm(
+    x, parts_ptr, b, norm_w, norm_b, eps, batch, D: gl.constexpr, PARTS: gl.constexpr, DTYPE: gl.constexpr
+):
+    """What `add_norm_kernel` does, for this program's token. What others wrote is read past the first cache."""
+    x = x.to(gl.float32) + b.to(gl.float32)
+    for part in gl.static_range(PARTS):
+        places = (part * batch + gl.program_id(0)) * D + _places(D)
+        x += gl.load(parts_ptr + places, cache_modifier=".cg")
+    rounded = x.to(DTYPE)
+    x = rounded.to(gl.float32)
+    centred = x - gl.sum(x, 0) / D
+    scale = 1.0 / gl.sqrt(gl.sum(centred * centred, 0) / D + eps)
+    return rounded, (centred * scale * norm_w.to(gl.float32) + norm_b.to(gl.float32)).to(DTYPE)
 
 
-@gluon.jit(do_not_specialize=["batch", "b_offset_1", "b_offset_2"])
-def between_kernel(
-    mixed_ptr, x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
-    w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
+@gluon.jit
+def _work(
+    x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
+    out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
     norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
+    row, out_row, split, which, in_row, x_ring, x_full, x_empty, w_ring, w_full, w_empty, known,
     D: gl.constexpr, D_FF: gl.constexpr, D_IN: gl.constexpr, COUNT: gl.constexpr, SPLITS: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WEIGHT_TILES: gl.constexpr, TOKEN_TILES: gl.constexpr,
+    OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, BLOCK_N: gl.constexpr,
+    X_TILES: gl.constexpr, W_TILES: gl.constexpr,
 ):  # fmt: skip
-    """X += W_out mixed + b; x += W_fc2 gelu(W_fc1 norm(x) + b) + b; y = W_in next_norm(x) + b.
-
-    W_in are COUNT weights, one below another. With COUNT = 0, behind the last layer, the float32 parts of W_fc2's
-    product are left instead, in parts[1]. Weights are given as descriptors of tiles; the sums of the products into the
-    stream are made in SPLITS parts. Five counts, zero at first, tell how many programs have come where.
-    """
+    """The work of the other warps: products, sums and norms. Biases and norms are asked for a product ahead."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
-    OUT: gl.constexpr = D // SPLITS // BLOCK_K  # steps of each product
-    FC1: gl.constexpr = D // BLOCK_K
-    FC2: gl.constexpr = D_FF // SPLITS // BLOCK_K
-    IN: gl.constexpr = D // BLOCK_K if COUNT > 0 else 0
-    WEIGHTS_IN: gl.constexpr = COUNT if COUNT > 0 else 1
-    gdc_launch_dependents()
-    pid = gl.program_id(0)
     n_programs = gl.num_programs(0)
-    out_row = (pid % (D // BLOCK_N)) * BLOCK_N
-    split = pid // (D // BLOCK_N)
-    out_column, fc2_column = split * (D // SPLITS), split * (D_FF // SPLITS)
-    row = pid * BLOCK_N
-    which = row // D_IN
-    in_row = row - which * D_IN
-    has_in = which < COUNT
-    x_tiles = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [TOKEN_TILES, 64, BLOCK_K], SHARED)
-    w_tiles = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [WEIGHT_TILES, BLOCK_N, BLOCK_K], SHARED)
-    arrived = gl.allocate_shared_memory(gl.int64, [WEIGHT_TILES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(WEIGHT_TILES):
-        mbarrier.init(arrived.index(s), count=1)
-    hopper.fence_async_shared()
-    gl.thread_barrier()
-    for s in gl.static_range(WEIGHT_TILES - 1):
-        mbarrier.expect(arrived.index(s), BYTES)
-    for s in gl.static_range(WEIGHT_TILES - 1):
-        if s < OUT:
-            place = out_column + s * BLOCK_K
-            tma.async_copy_global_to_shared(w_out, [out_row, place], arrived.index(s), w_tiles.index(s))
-        else:
-            tma.async_copy_global_to_shared(w_fc1, [row, (s - OUT) * BLOCK_K], arrived.index(s), w_tiles.index(s))
-    # Biases and norms are asked for before programs meet, so that nobody waits for them.
     token = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))[:, None]
     output = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
     fc1_b = gl.load(fc1_b_ptr + row + output).to(gl.float32)
-    gdc_wait()
-    if pid == 0:
-        COUNTS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        gl.store(next_counts_ptr + gl.arange(0, 8, layout=COUNTS), gl.zeros((8,), gl.int32, COUNTS))
-    part = _product(
-        mixed_ptr, w_out, w_out, w_out, 0, out_row, out_column, w_fc1, w_fc1, w_fc1, 0, row, 0, True,
-        batch, x_tiles, w_tiles, arrived, D, 1, 1, 0, OUT, FC1, BLOCK_N, BLOCK_K, WEIGHT_TILES, TOKEN_TILES,
-    )  # fmt: skip
-    _leave_part(part, parts_ptr, out_row, split, batch, D, BLOCK_N)
     b, norm_w = gl.load(out_b_ptr + _places(D)), gl.load(norm_w_ptr + _places(D))
     norm_b = gl.load(norm_b_ptr + _places(D))
+    gdc_wait()
+    mbarrier.arrive(known, count=1)
+    has_token = gl.program_id(0) < batch
+    own = gl.where(has_token, gl.program_id(0), 0) * D + _places(D)
+    x = gl.load(x_ptr + own)
+    if gl.program_id(0) == 0:
+        COUNTS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        gl.store(next_counts_ptr + gl.arange(0, 8, layout=COUNTS), gl.zeros((8,), gl.int32, COUNTS))
+    part = _product(x_ring, x_full, x_empty, w_ring, w_full, w_empty, 0, OUT, BLOCK_N, X_TILES, W_TILES)
+    _leave_part(part, parts_ptr, out_row, split, batch, D, BLOCK_N)
     _meet(counts_ptr, n_programs)
-    _add_and_norm(x_ptr, parts_ptr, b, norm_w, norm_b, u_ptr, eps, batch, D, SPLITS)
+    if has_token:
+        x, u = _sum_and_norm(x, parts_ptr, b, norm_w, norm_b, eps, batch, D, SPLITS, x_ptr.dtype.element_ty)
+        gl.store(u_ptr + own, u)
+        if COUNT == 0:
+            gl.store(x_ptr + own, x)
     _meet(counts_ptr + 1, n_programs)
-    inner = _product(
-        u_ptr, w_fc1, w_fc1, w_fc1, 0, row, 0, w_fc2, w_fc2, w_fc2, 0, out_row, fc2_column, True,
-        batch, x_tiles, w_tiles, arrived, D, 1, 1, OUT, FC1, FC2, BLOCK_N, BLOCK_K, WEIGHT_TILES, TOKEN_TILES,
-    )  # fmt: skip
+    mbarrier.arrive(known, count=1)
+    inner = _product(x_ring, x_full, x_empty, w_ring, w_full, w_empty, OUT, FC1, BLOCK_N, X_TILES, W_TILES)
     inner = _gelu(inner + fc1_b[None, :])
     places = token * D_FF + (row + output)[None, :]
     gl.store(inner_ptr + places, inner.to(inner_ptr.dtype.element_ty), mask=token < batch)
     _meet(counts_ptr + 2, n_programs)
-    parts_ptr += SPLITS * batch * D
-    part = _product(
-        inner_ptr, w_fc2, w_fc2, w_fc2, 0, out_row, fc2_column, w_in0, w_in1, w_in2, which, in_row, 0, has_in,
-        batch, x_tiles, w_tiles, arrived, D_FF, 1, WEIGHTS_IN, OUT + FC1, FC2, IN, BLOCK_N, BLOCK_K,
-        WEIGHT_TILES, TOKEN_TILES,
-    )  # fmt: skip
-    _leave_part(part, parts_ptr, out_row, split, batch, D, BLOCK_N)
+    mbarrier.arrive(known, count=1)
     if COUNT > 0:
         b, norm_w = gl.load(fc2_b_ptr + _places(D)), gl.load(next_norm_w_ptr + _places(D))
         norm_b = gl.load(next_norm_b_ptr + _places(D))
+        has_in = which < COUNT
         b_offset = gl.where(which == 0, 0, gl.where(which == 1, b_offset_1, b_offset_2)).to(gl.int64)
         in_b = gl.load(in_b_ptr + b_offset + in_row + output, mask=(output >= 0) & has_in, other=0.0)
+    parts_ptr += SPLITS * batch * D
+    part = _product(x_ring, x_full, x_empty, w_ring, w_full, w_empty, OUT + FC1, FC2, BLOCK_N, X_TILES, W_TILES)
+    _leave_part(part, parts_ptr, out_row, split, batch, D, BLOCK_N)
+    if COUNT > 0:
         _meet(counts_ptr + 3, n_programs)
-        _add_and_norm(x_ptr, parts_ptr, b, norm_w, norm_b, u_ptr, next_eps, batch, D, SPLITS)
+        if has_token:
+            x, u = _sum_and_norm(x, parts_ptr, b, norm_w, norm_b, next_eps, batch, D, SPLITS, x_ptr.dtype.element_ty)
+            gl.store(u_ptr + own, u)
+            gl.store(x_ptr + own, x)
         _meet(counts_ptr + 4, n_programs)
+        mbarrier.arrive(known, count=1)
         if has_in:
-            y = _product(
-                u_ptr, w_in0, w_in1, w_in2, which, in_row, 0, w_in0, w_in1, w_in2, which, in_row, 0, False,
-                batch, x_tiles, w_tiles, arrived, D, COUNT, COUNT, OUT + FC1 + FC2, IN, 0, BLOCK_N, BLOCK_K,
-                WEIGHT_TILES, TOKEN_TILES,
-            )  # fmt: skip
+            FIRST: gl.constexpr = OUT + FC1 + FC2
+            y = _product(x_ring, x_full, x_empty, w_ring, w_full, w_empty, FIRST, IN, BLOCK_N, X_TILES, W_TILES)
             y += in_b.to(gl.float32)[None, :]
             places = token * (COUNT * D_IN) + (row + output)[None, :]
             gl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=token < batch)
+
+
+@gluon.jit(do_not_specialize=["batch", "b_offset_1", "b_offset_2"])
+def between_kernel(
+    mixed, u, inner, x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
+    w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
+    norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
+    D: gl.constexpr, D_FF: gl.constexpr, D_IN: gl.constexpr, COUNT: gl.constexpr, SPLITS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, W_TILES: gl.constexpr, X_TILES: gl.constexpr,
+):  # fmt: skip
+    """X += W_out mixed + b; x += W_fc2 gelu(W_fc1 norm(x) + b) + b; y = W_in next_norm(x) + b.
+
+    W_in are COUNT weights, one below another. With COUNT = 0, behind the last layer, the float32 parts of W_fc2's
+    product are left instead, in parts[1]. Weights and the tokens that they are multiplied by are given as descriptors
+    of tiles; the sums of the products into the stream are made in SPLITS parts. Five counts, zero at first, tell how
+    many programs have come where.
+    """
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    OUT: gl.constexpr = D // SPLITS // BLOCK_K  # tiles of each product
+    FC1: gl.constexpr = D // BLOCK_K
+    FC2: gl.constexpr = D_FF // SPLITS // BLOCK_K
+    IN: gl.constexpr = D // BLOCK_K if COUNT > 0 else 0
+    gdc_launch_dependents()
+    row = gl.program_id(0) * BLOCK_N
+    out_row, split = row % D, row // D
+    out_column, fc2_column = split * (D // SPLITS), split * (D_FF // SPLITS)
+    which = row // D_IN
+    in_row = row - which * D_IN
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_TILES, 64, BLOCK_K], SHARED)
+    w_ring = gl.allocate_shared_memory(DTYPE, [W_TILES, BLOCK_N, BLOCK_K], SHARED)
+    x_full = gl.allocate_shared_memory(gl.int64, [X_TILES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_TILES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [W_TILES, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [W_TILES, 1], mbarrier.MBarrierLayout())
+    known = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(X_TILES):
+        mbarrier.init(x_full.index(s), count=1)
+        mbarrier.init(x_empty.index(s), count=1)
+    for s in gl.static_range(W_TILES):
+        mbarrier.init(w_full.index(s), count=1)
+        mbarrier.init(w_empty.index(s), count=1)
+    mbarrier.init(known, count=1)
+    hopper.fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (_work, (
+                x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
+                out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
+                norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
+                row, out_row, split, which, in_row, x_ring, x_full, x_empty, w_ring, w_full, w_empty, known,
+                D, D_FF, D_IN, COUNT, SPLITS, OUT, FC1, FC2, IN, BLOCK_N, X_TILES, W_TILES,
+            )),
+            (_send_weights, (
+                w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row,
+                w_ring, w_full, w_empty, OUT, FC1, FC2, IN, COUNT, BLOCK_N, BLOCK_K, W_TILES,
+            )),
+            (_send_tokens, (
+                mixed, u, inner, out_column, fc2_column, which < COUNT, x_ring, x_full, x_empty, known,
+                OUT, FC1, FC2, IN, BLOCK_K, X_TILES,
+            )),
+        ],
+        [1, 1],
+        [40, 40],
+    )  # fmt: skip

@@ -19,7 +19,6 @@ from hippos.ops.decode.kernels import (
     vector_linear_kernel,
 )
 from hippos.ops.decode.kernels_greedy import greedy_join_kernel, greedy_part_kernel
-from hippos.ops.decode.launch_hopper import rows_linear_hopper, takes_hopper
 from hippos.ops.decode.reference import StepBooks
 from hippos.ops.kernel_device import can_overlap_launches
 
@@ -102,8 +101,6 @@ def rows_linear(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool, leaves_parts: bool
 ) -> Tensor:
     """Up to `MOST_ROWS` tokens: act(x W^T + b), shape (B, sum of rows); or float32 parts of x W^T, (parts, B, rows)."""
-    if takes_hopper(x, weights):
-        return rows_linear_hopper(x, weights, biases, _offsets(biases), gelu=gelu, leaves_parts=leaves_parts)
     batch, n_inputs = x.shape
     n_rows = weights[0].shape[0]
     n_outputs = n_rows * len(weights)

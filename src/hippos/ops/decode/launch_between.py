@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from hippos.ops.decode.reference import Between
+from hippos.ops.decode.turns import in_turn, may_share_with_processes
 
 BLOCK_N = 64
-_LEAST_PROGRAMS = 96  # fewer leave too much of a large GPU idle
-
-
-BLOCK_K, WEIGHT_TILES, TOKEN_TILES = 128, 7, 4  # inputs of a tile, tiles in shared memory
+_LEAST_PROGRAMS = 96  # fewer leave too much of a large GPU idle; there is one for each token, too
+BLOCK_K, W_TILES, X_TILES = 128, 8, 4  # inputs of a tile, tiles of weights and of tokens in shared memory
 
 
 def fits_between(d_model: int, d_ff: int, n_in: int) -> bool:
@@ -33,7 +32,6 @@ def fits_between(d_model: int, d_ff: int, n_in: int) -> bool:
         and d_ff == splits * d_model
         and d_model % steps == d_ff % steps == 0
         and n_in // BLOCK_N <= n_programs
-        and d_model // BLOCK_K >= WEIGHT_TILES - 1  # tiles on their way are of two products at most
     )
 
 
@@ -68,40 +66,41 @@ def between_launch(mixed: Tensor, x: Tensor, maps: Between, counts: Tensor, next
     d_in = weights[0].shape[0]
     y = torch.empty(batch, count * d_in, dtype=x.dtype, device=x.device)
     into = [TensorDescriptor.from_tensor(weight, tile, layout) for weight in weights]
-    between_kernel[(d_ff // BLOCK_N,)](
-        mixed,
-        x,
-        u,
-        inner,
-        y,
-        parts,
-        counts,
-        next_counts,
-        TensorDescriptor.from_tensor(maps.out[0], tile, layout),
-        TensorDescriptor.from_tensor(maps.fc1[0], tile, layout),
-        TensorDescriptor.from_tensor(maps.fc2[0], tile, layout),
-        *(into if len(into) == 3 else into * 3),
-        maps.out[1],
-        maps.fc1[1],
-        maps.fc2[1],
-        biases[0],
-        *_offsets(biases),
-        *maps.norm[:2],
-        *maps.next_norm[:2],
-        maps.norm[2],
-        maps.next_norm[2],
-        batch,
-        D=d_model,
-        D_FF=d_ff,
-        D_IN=d_in,
-        COUNT=count,
-        SPLITS=splits,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        WEIGHT_TILES=WEIGHT_TILES,
-        TOKEN_TILES=TOKEN_TILES,
-        num_warps=4,
-        launch_pdl=True,
-        launch_cooperative_grid=True,  # two such kernels that share the GPU would wait for each other for ever
-    )
+    with in_turn(x.device):
+        between_kernel[(d_ff // BLOCK_N,)](
+            *(TensorDescriptor.from_tensor(tokens, [64, BLOCK_K], layout) for tokens in (mixed, u, inner)),
+            x,
+            u,
+            inner,
+            y,
+            parts,
+            counts,
+            next_counts,
+            TensorDescriptor.from_tensor(maps.out[0], tile, layout),
+            TensorDescriptor.from_tensor(maps.fc1[0], tile, layout),
+            TensorDescriptor.from_tensor(maps.fc2[0], tile, layout),
+            *(into if len(into) == 3 else into * 3),
+            maps.out[1],
+            maps.fc1[1],
+            maps.fc2[1],
+            biases[0],
+            *_offsets(biases),
+            *maps.norm[:2],
+            *maps.next_norm[:2],
+            maps.norm[2],
+            maps.next_norm[2],
+            batch,
+            D=d_model,
+            D_FF=d_ff,
+            D_IN=d_in,
+            COUNT=count,
+            SPLITS=splits,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            W_TILES=W_TILES,
+            X_TILES=X_TILES,
+            num_warps=4,
+            launch_pdl=True,
+            launch_cooperative_grid=may_share_with_processes(),  # which is slower, as it cannot start early
+        )
     return y if count else parts[1]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 N_PAST, N_MODES = 63, 32
-CHANNELS, STAGES, WARPS = 32, 3, 4
-_PROGRAMS = 512  # that a large GPU should have, of at least four sequences each
+CHANNELS, STAGES, WARPS = 64, 2, 8  # keys of so many channels are 128 bytes in a row
+REGISTERS = 128  # of a thread, so that all programs of 64 texts and 2,048 channels run at the same time, two by two
+_PROGRAMS = 256  # that a large GPU should have, of at least four sequences each
 
 
 def takes_hopper(
@@ -68,6 +69,6 @@ def h3_step_hopper(
         taps, a, b, read, d,
         q.stride(0), shift.stride(0), shift.stride(2), diag.stride(0), batch, d_model, *taps.stride(),
         CHANNELS=CHANNELS, SEQUENCES=sequences, STAGES=STAGES, WARPS=WARPS,
-        num_warps=WARPS, **({"launch_pdl": True} if may_overlap else {}),
+        num_warps=WARPS, maxnreg=REGISTERS, **({"launch_pdl": True} if may_overlap else {}),
     )  # fmt: skip
     return y
