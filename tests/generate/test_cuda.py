@@ -62,8 +62,18 @@ def test_captured_steps_write_what_transformers_writes(shape):
     ("batch", "dtype"), [(1, torch.bfloat16), (5, torch.bfloat16), (64, torch.float16), (65, torch.bfloat16)]
 )
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[4]])
-@torch.no_grad()
 def test_fused_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
+    assert_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch)
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(2, torch.bfloat16), (64, torch.float16)])
+def test_steps_of_a_wide_model_are_as_near_to_float64_as_the_layers(batch, dtype):
+    shape = {"hidden_size": 2048, "num_attention_heads": 16, "attn_layers": (1,), "state_size": 64}
+    assert_steps_are_as_near_to_float64_as_the_layers({**shape, "initializer_range": 0.02}, dtype, batch)
+
+
+@torch.no_grad()
+def assert_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
     exact = make_model(**shape)
     model = make_model(**shape, dtype=dtype)
     assert FusedStep.fits(model)
@@ -94,6 +104,29 @@ def test_ragged_prompts_are_read_as_near_to_float64_as_by_the_layers(shape, dtyp
     decoder = H3Decoder(model, state)
     assert decoder._reads_fused
     assert _distance(decoder.logits(), wanted) < 1.5 * _distance(plain, wanted) + 2e-3
+
+
+def test_wide_models_write_the_same_from_two_streams():
+    """Their steps' programs wait for each other, and take turns."""
+    fields = {"hidden_size": 2048, "num_attention_heads": 16, "attn_layers": (1,), "state_size": 64}
+    model, prompt = make_model(dtype=torch.bfloat16, **fields), draw(8, 7)
+    writers = [Generator(model, context=64) for _ in range(2)]
+    sampling = Sampling(max_new_tokens=40, temperature=0)
+    wanted = [writer.generate(prompt, sampling).tokens for writer in writers]
+    assert torch.equal(*wanted)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in writers]
+    texts = []
+    for writer, stream in zip(writers, streams, strict=True):
+        with torch.cuda.stream(stream):
+            texts.append(writer.stream(prompt, sampling))
+    written = [[], []]
+    for _ in range(40):
+        for text, stream, tokens in zip(texts, streams, written, strict=True):
+            with torch.cuda.stream(stream):
+                tokens.append(next(text).tokens)
+    assert written[0] == written[1]
+    assert torch.equal(torch.tensor(written[0]).t(), wanted[0].cpu())
 
 
 def test_sampling_in_a_graph_is_repeatable_and_the_same_as_without():
