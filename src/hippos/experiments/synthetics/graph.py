@@ -105,10 +105,11 @@ class GraphRunner:
 
 
 def _warm_up(step: Callable[[], None], optimizer: torch.optim.Optimizer, clock: Tensor) -> None:
-    """Take some steps, as a capture asks for, and undo them; what a start finds empty is zero."""
+    """Take some steps of the start, as a capture asks for, and undo them; what the optimizer did not have is zero."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tensors = [clock, *parameters, *_state_tensors(optimizer)]
     saved = [tensor.detach().clone() for tensor in tensors]
+    clock.zero_()  # a training that was saved behind its last step has no next one
     for _ in range(_WARMUP_CALLS):
         step()
     with torch.no_grad():
