@@ -61,6 +61,12 @@ assert not hasattr(hippos.train, "nonsense")
     assert run(script).strip() == ""
 
 
+def test_what_triton_interprets_is_named_as_make_looks_for_it():
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        waits = 'os.environ.get("TRITON_INTERPRET")' in path.read_text(encoding="utf-8") and path != Path(__file__)
+        assert not waits or path.name.endswith("_triton.py"), f"{path}: make test-kernels would pass it over"
+
+
 def test_no_source_file_is_too_long_to_read():
     too_long = {str(path): n for path in SOURCES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
     assert not too_long
