@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,6 @@ class FusedStep:
 
     def __init__(self, model: Any) -> None:
         self._body = model.model
-        self._counts = self._counts_between()
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -108,7 +108,8 @@ class FusedStep:
                 u = add_norm(x, parts, mlp.fc2.bias, *_norm(blocks[i + 1].norm1))
         return parts, mlp.fc2.bias
 
-    def _counts_between(self) -> Tensor | None:
+    @cached_property
+    def _counts(self) -> Tensor | None:
         """Counts of each layer for `between_mixings`, shape (layers, `N_COUNTS`); None if that does not go."""
         blocks = list(self._body.layers)
         probe = self._body.norm.weight.new_empty(2, self._body.norm.weight.shape[0])

@@ -12,7 +12,7 @@ from hippos.ops.decode.turns import in_turn, may_share_with_processes
 
 BLOCK_N = 64
 _LEAST_PROGRAMS = 96  # fewer leave too much of a large GPU idle; there is one for each token, too
-BLOCK_K, W_TILES, X_TILES = 128, 8, 4  # inputs of a tile, tiles of weights and of tokens in shared memory
+BLOCK_K, W_TILES, X_TILES = 128, 6, 6  # inputs of a tile, tiles of weights and of tokens in shared memory
 
 
 def fits_between(d_model: int, d_ff: int, n_in: int) -> bool:
