@@ -11,6 +11,7 @@ from hippos.errors import UnsupportedError
 from hippos.ops import decode
 from hippos.ops.decode import N_COUNTS, Between, between_mixings, takes_between
 from hippos.ops.decode.launch_between import fits_between
+from hippos.ops.decode.turns import may_share_with_processes
 from tests.ops.tma_on_cpu import Descriptor, run_meeting_programs
 
 MODULE = Path(decode.__file__).parent / "kernels_between.py"
@@ -109,6 +110,13 @@ def test_the_definition_is_that_of_the_layers(generator):
 )
 def test_sizes_that_it_is_cut_for(d_model, d_ff, n_in, fits):
     assert fits_between(d_model, d_ff, n_in) == fits
+
+
+def test_other_processes_are_expected_where_mps_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
+    assert not may_share_with_processes()
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert may_share_with_processes()
 
 
 def test_refusal(generator):
