@@ -148,3 +148,13 @@ def test_why_the_kernels_do_not_serve(monkeypatch, dtype, n_inputs, reason):
     monkeypatch.setattr("hippos.ops.decode.int8_weight.why_not_device", lambda device: None)
     monkeypatch.setattr("hippos.ops.decode.int8_weight.is_interpreted", lambda: False)
     assert why_not_int8(torch.device("cuda"), dtype, n_inputs) == reason
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_splits_make_a_program_for_each_multiprocessor_and_no_more():
+    from hippos.ops.decode.launch_int8 import splits_of_inputs
+
+    assert splits_of_inputs(2048, 2048, 128) == splits_of_inputs(2048, 8192, 128) == 4
+    assert splits_of_inputs(768, 3072, 128) == 8
+    assert splits_of_inputs(128, 192, 64) == 1
+    assert splits_of_inputs(8192, 2048, 128) == 1

@@ -188,7 +188,7 @@ def rows_linear_int8_kernel(
     w_ptr += tl.multiple_of(_of_three(which, w_offset_1, w_offset_2), 16)
     part = K // SPLITS
     offs_b = tl.arange(0, BLOCK_B)
-    offs_k = pid_s * part + tl.arange(0, BLOCK_K)
+    offs_k = tl.multiple_of(pid_s * part, BLOCK_K) + tl.arange(0, BLOCK_K)
     is_token = offs_b[None, :] < batch
     x_ptrs = x_ptr + offs_b[None, :] * K + offs_k[:, None]
     w_ptrs = w_ptr + safe_n[:, None].to(tl.int64) * K + offs_k[None, :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -11,18 +10,16 @@ from torch import Tensor
 
 from hippos.ops.decode.int8_weight import Int8Weight
 from hippos.ops.decode.kernels_int8 import rows_linear_int8_kernel, vector_linear_int8_kernel
-from hippos.ops.decode.launch import _overlap, _shared_memory
-from hippos.ops.decode.launch_int8_hopper import (
-    BLOCK_N,
-    offsets,
-    rows_linear_int8_hopper,
-    splits_of_inputs,
-    takes_int8_hopper,
-)
+from hippos.ops.decode.launch import _offsets, _overlap, _shared_memory
 from hippos.ops.kernel_device import is_interpreted
 
-_MOST_STAGES = 6
-_WEIGHTS_OF_A_THREAD = 128  # that one token is multiplied by
+BLOCK_N = 64
+"""Outputs that a program makes of several tokens: as many as a warp group's product has rows."""
+
+_PROGRAMS = 132
+_MOST_SPLITS = 8
+_MOST_STAGES = 6  # with 64 tokens, more than half of the shared memory: one program a multiprocessor is faster than two
+_WEIGHTS_OF_A_THREAD = 256  # that one token is multiplied by
 _INPUTS_OF_FOUR_WARPS = 8192
 
 
@@ -48,9 +45,9 @@ def vector_linear_int8(
         values[0],
         scales[0],
         biases_or_x[0],
-        *offsets(values),
-        *offsets(scales),
-        *offsets(biases_or_x),
+        *_offsets(values),
+        *_offsets(scales),
+        *_offsets(biases_or_x),
         norm_weight,
         norm_bias,
         y,
@@ -84,40 +81,46 @@ def rows_linear_int8(
     shape = (splits, batch, n_outputs) if leaves_parts else (batch, n_outputs)
     y = torch.empty(shape, dtype=torch.float32 if leaves_parts else x.dtype, device=x.device)
     block_b = max(16, triton.next_power_of_2(batch))
-    constants: dict[str, Any] = {
-        "SPLITS": splits,
-        "LEAVES_PARTS": leaves_parts,
-        "HAS_BIAS": biases is not None and not leaves_parts,
-        "HAS_GELU": gelu,
-        "BLOCK_B": block_b,
-        "BLOCK_N": BLOCK_N,
-        "BLOCK_K": block_k,
-        "num_warps": 4,
-    }
     grid = (triton.cdiv(n_rows, BLOCK_N) * len(weights), splits)
     values, scales, biases_or_x = _parts(x, weights, biases)
-    if takes_int8_hopper(x, values):
-        rows_linear_int8_hopper(grid, x, values, scales, biases_or_x, y, constants)
-        return y
     n_bytes = (BLOCK_N + block_b * x.element_size()) * block_k
     rows_linear_int8_kernel[grid](
         x,
         values[0],
         scales[0],
         biases_or_x[0],
-        *offsets(values),
-        *offsets(scales),
-        *offsets(biases_or_x),
+        *_offsets(values),
+        *_offsets(scales),
+        *_offsets(biases_or_x),
         y,
         batch,
         n_rows,
         n_inputs,
         n_outputs,
+        SPLITS=splits,
+        LEAVES_PARTS=leaves_parts,
+        HAS_BIAS=biases is not None and not leaves_parts,
+        HAS_GELU=gelu,
+        BLOCK_B=block_b,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=block_k,
+        num_warps=4,
         num_stages=max(2, min(_MOST_STAGES, _shared_memory(x) // n_bytes)),
-        **constants,
         **_overlap(x),
     )
     return y
+
+
+def splits_of_inputs(n_outputs: int, n_inputs: int, block_k: int) -> int:
+    """Parts of the sum over the inputs that make a program for nearly every multiprocessor, of whole tiles."""
+    splits = 1
+    while (
+        2 * splits <= _MOST_SPLITS
+        and n_inputs % (2 * splits * block_k) == 0
+        and triton.cdiv(n_outputs, BLOCK_N) * 2 * splits <= _PROGRAMS
+    ):
+        splits *= 2
+    return splits
 
 
 def _parts(
