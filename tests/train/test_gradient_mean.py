@@ -38,39 +38,6 @@ def exchange(part_bytes: int, out: Path) -> None:
         torch.save(found, out)
 
 
-def exchange_while_backward(part_bytes: int, out: Path) -> None:
-    """The gradients of two passes, the second of which leaves a parameter out."""
-    dist.init_process_group("gloo")
-    parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    mean = GradientMean(parameters, part_bytes)
-    begun: list[int] = []
-    all_reduce = dist.all_reduce
-    dist.all_reduce = lambda *args, **kwargs: (begun.append(len(begun)), all_reduce(*args, **kwargs))[1]
-    found: list[Any] = []
-    for used in (parameters, parameters[1:]):
-        for parameter in parameters:
-            parameter.grad = None
-        begun.clear()
-        with mean.while_backward():
-            total = sum((place + 1.0) * (dist.get_rank() + 1) * x.sum() for place, x in enumerate(used))
-            total.backward()
-            during = len(begun)
-        found.append((during, len(begun), [None if x.grad is None else x.grad.clone() for x in parameters]))
-    if dist.get_rank() == 0:
-        torch.save(found, out)
-
-
-@pytest.mark.parametrize(("part_bytes", "n_parts"), [(1000, 1), (20, 2)])
-def test_gradients_are_exchanged_while_others_are_made(tmp_path: Path, part_bytes: int, n_parts: int) -> None:
-    workers.run_workers(2, exchange_while_backward, part_bytes, tmp_path / "found.pt", log=tmp_path / "log")
-    (during, begun, whole), (later, _, partly) = torch.load(tmp_path / "found.pt")
-    assert during == begun == n_parts
-    assert [float(x.mean()) for x in whole] == [1.5, 3.0, 4.5]
-    assert later == n_parts - 1, "a part that is not complete waits for the end"
-    assert partly[0] is None
-    assert [float(x.mean()) for x in partly[1:]] == [1.5, 3.0]
-
-
 @pytest.mark.parametrize("part_bytes", [1000, 60], ids=["at once", "in parts"])
 def test_all_processes_get_the_mean(tmp_path: Path, part_bytes: int) -> None:
     workers.run_workers(2, exchange, part_bytes, tmp_path / "found.pt", log=tmp_path / "log")

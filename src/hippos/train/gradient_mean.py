@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,9 +33,9 @@ class _Part:
 class GradientMean:
     """Replaces gradients by their mean over all processes.
 
-    DDP's hooks cost the host time, and run in no CUDA graph. Here all gradients are laid side by side in a few parts.
-    Each is exchanged while the next one is copied, when all passes are done; or, of passes that are captured, while
-    the backward pass goes on (`while_backward`).
+    DDP exchanges gradients while the backward pass makes others, from hooks; the passes of a CUDA graph run none. So
+    all are laid side by side when the passes are done, and exchanged in a few parts, each while the next one is copied.
+    Between the GPUs of one machine that takes little of a step.
 
     Args:
         parameters: In the same order in all processes, on one device; those of the first process are given to all.
@@ -55,68 +53,25 @@ class GradientMean:
     @torch.no_grad()
     def __call__(self) -> None:
         """Exchange; called by all processes when their gradients are complete."""
-        self._lay_out([parameter for parameter in self._parameters if parameter.grad is not None])
-        self._finish([_exchange(part) for part in self._parts])
-
-    @contextmanager
-    def while_backward(self) -> Iterator[None]:
-        """Exchange gradients from inside of a backward pass, those of each part when its last one is there.
-
-        All processes' gradients are complete, and their means, at the end of the context, which also a graph that is
-        captured inside can hold.
-        """
-        self._lay_out(self._parameters)
-        exchanges: list[Any] = [None] * len(self._parts)
-        places = {id(parameter): place for place, part in enumerate(self._parts) for parameter in part.parameters}
-        missing = [len(part.parameters) for part in self._parts]
-
-        def arrive(parameter: Tensor) -> None:
-            place = places[id(parameter)]
-            missing[place] -= 1
-            if missing[place] == 0:
-                exchanges[place] = _exchange(self._parts[place])
-
-        untyped: list[Any] = [*self._parameters]
-        hooks = [parameter.register_post_accumulate_grad_hook(arrive) for parameter in untyped]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # Parts with parameters that this pass has not used are left.
-        self._finish(
-            [_exchange(part) if made is None else made for part, made in zip(self._parts, exchanges, strict=True)]
-        )
-
-    def _lay_out(self, trained: list[nn.Parameter]) -> None:
+        trained = [parameter for parameter in self._parameters if parameter.grad is not None]
         if [*map(id, trained)] != [*map(id, self._trained)]:
-            self._trained, self._parts = trained, [*_cut(trained, self._part_bytes)]
-
-    @torch.no_grad()
-    def _finish(self, exchanges: list[Any]) -> None:
-        """Wait for exchanges, and put the means in the gradients' place."""
+            self._trained, self._parts = trained, [*_lay_out(trained, self._part_bytes)]
+        exchanges = []
+        for part in self._parts:
+            gradients = [parameter.grad for parameter in part.parameters if parameter.grad is not None]
+            torch._foreach_copy_(part.views, gradients)
+            # gloo has no mean
+            operation = dist.ReduceOp.AVG if part.flat.is_cuda else dist.ReduceOp.SUM
+            exchanges.append(dist.all_reduce(part.flat, operation, async_op=True))
         for part, exchange in zip(self._parts, exchanges, strict=True):
             exchange.wait()
             if not part.flat.is_cuda:
                 part.flat.div_(dist.get_world_size())
             for parameter, view in zip(part.parameters, part.views, strict=True):
-                parameter.grad = None if parameter.grad is None else view
+                parameter.grad = view
 
 
-@torch.no_grad()
-def _exchange(part: _Part) -> Any:
-    """Copy a part's gradients, zeros for those that are not there, and begin to exchange them."""
-    present = [(view, x.grad) for view, x in zip(part.views, part.parameters, strict=True) if x.grad is not None]
-    if len(present) < len(part.views):
-        part.flat.zero_()
-    if present:
-        torch._foreach_copy_([view for view, _ in present], [gradient for _, gradient in present])
-    # gloo has no mean
-    operation = dist.ReduceOp.AVG if part.flat.is_cuda else dist.ReduceOp.SUM
-    return dist.all_reduce(part.flat, operation, async_op=True)
-
-
-def _cut(trained: list[nn.Parameter], part_bytes: int) -> Iterator[_Part]:
+def _lay_out(trained: list[nn.Parameter], part_bytes: int) -> Iterator[_Part]:
     """Make one tensor for about so many bytes of gradients of a dtype, and a view of it for each."""
     for dtype in dict.fromkeys(parameter.dtype for parameter in trained):
         own: list[nn.Parameter] = []

@@ -25,13 +25,16 @@ FOUND = Measured(
 @pytest.mark.parametrize("case", SUITE.cases, ids=lambda case: case.name)
 def test_two_processes_agree_with_one(case) -> None:
     told: list[str] = []
-    shown: list[Workload] = []
-    workload = prepare_scaling(case.quick_sizes[0], replace(CPU, tell=told.append, show=shown.append))
+    shown: list[tuple[Workload, int]] = []
+    context = replace(CPU, tell=told.append, show=lambda *part: shown.append(part))
+    workload = prepare_scaling(case.quick_sizes[0], context)
     assert sum("round 2 of 2" in line for line in told) == 2
     assert sum("round 3" in line for line in told) == 0
-    assert [*shown[0].methods] == [ALONE]
-    assert shown[0].check() == {}
-    assert not shown[0].goals
+    first, rounds = shown[0]
+    assert [*first.methods] == [ALONE]
+    assert rounds == 2
+    assert first.check() == {}
+    assert not first.goals
     assert [*workload.methods] == [ALONE, TOGETHER]
     assert workload.check()[TOGETHER] < 5e-3
     clock = Clock(CPU.device)

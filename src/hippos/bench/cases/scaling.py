@@ -104,7 +104,7 @@ def prepare_scaling(size: ScalingSize, context: Context) -> Workload:
         context.device.type,
         context.plan.rounds,
         context.tell,
-        lambda so_far: context.show(_workload(size, so_far)),
+        lambda so_far: context.show(_workload(size, so_far), min(map(len, so_far.seconds.values()))),
     )
     return _workload(size, found)
 

@@ -105,8 +105,8 @@ class Context:
         seed: Seed of `generator`.
         plan: Rounds, for preparations that measure by themselves.
         tell: Called with what a long preparation is at.
-        show: Called with a part of the workload whose methods can already give samples, so that a run that is cut off
-            keeps them.
+        show: Called with a part of the workload whose methods can already give samples, and how many, so that a run
+            that is cut off keeps them.
     """
 
     device: torch.device
@@ -114,7 +114,7 @@ class Context:
     seed: int = 0
     plan: Plan = Plan()
     tell: Callable[[str], object] = lambda text: None
-    show: Callable[[Workload], object] = lambda workload: None
+    show: Callable[[Workload, int], object] = lambda workload, rounds: None
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the device, always from the same seed."""

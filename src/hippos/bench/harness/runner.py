@@ -137,8 +137,11 @@ def _run_size(
     named = {name: value for name, value in asdict(size).items() if name in _labels(case, context)}
     label = " ".join([case.name, *(f"{name}={value}" for name, value in named.items())])
     tracker.say(f"{label}: check against float64")
-    context = replace(context, show=lambda part: keep(_measure(part, size, context, label)))
-    workload = case.prepare(size, context)
+
+    def show(part: Workload, rounds: int) -> None:
+        keep(_measure(part, size, replace(context, plan=Plan(0, rounds)), label))
+
+    workload = case.prepare(size, replace(context, show=show))
     return _measure(workload, size, context, label, tracker)
 
 

@@ -206,8 +206,8 @@ def ssm_conv_bwd(
         signals = (u, in_gate, out_gate, dout, du, din, dgate)
         if takes_hopper_backward(schedule, n_modes, signals, saved):
             tiles = whole_tiles(batch, n_heads, seqlen, LEAST_PROGRAMS) or cut_tiles(batch, seqlen, pieces)
-        if dstate is not None and tiles is not None and not tiles.fill_pieces:
-            tiles = None  # a gradient that comes from behind a piece enters at the end of its last tile
+        if dstate is not None and tiles is not None and not tiles.end_with_sequences:
+            tiles = None  # the gradient of the state behind a sequence enters at the end of the last tile
     if tiles is None or not backward_makes_operators(tiles):
         operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
     table = None if cu_seqlens is None else place_documents(cu_seqlens, seqlen, pieces)
@@ -218,9 +218,7 @@ def ssm_conv_bwd(
                                       dstate=dstate, whole=whole, is_reverse=True, is_planar=True)  # fmt: skip
     if tiles is not None:
         if dstate is not None:  # of the state after the last sample, as all chunks are whole
-            behind = dstate.transpose(-1, -2)
-            later = torch.empty_like(behind, memory_format=torch.contiguous_format) if later is None else later
-            torch.unflatten(later, 0, (batch, -1))[:, -1].copy_(behind)
+            later = dstate.transpose(-1, -2).contiguous()
         partial, splits = launch_hopper_backward(
             tiles, inputs, operators, dout, saved, later, (du, din, dgate), (dlog_a, db, dc, dd)
         )

@@ -47,9 +47,9 @@ class HopperTiles:
         return -(-self.pieces.total // (ROWS // self.run))
 
     @property
-    def fill_pieces(self) -> bool:
-        """Whether a piece's last tile ends where the piece does."""
-        return self.n_tiles * self.run * CHUNK == self.pieces.length
+    def end_with_sequences(self) -> bool:
+        """Whether sequences are whole, and the last tile of each ends where it does."""
+        return not self.pieces.is_cut and self.n_tiles * self.run * CHUNK == self.pieces.length
 
     @property
     def fullness(self) -> float:
