@@ -120,7 +120,7 @@ def rows_linear_kernel(
     part = K // SPLITS
     offs_b = tl.arange(0, BLOCK_B)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_k = pid_s * part + tl.arange(0, BLOCK_K)
+    offs_k = tl.multiple_of(pid_s * part, BLOCK_K) + tl.arange(0, BLOCK_K)
     mask_b = offs_b[:, None] < batch
     x_ptrs = x_ptr + offs_b[:, None] * K + offs_k[None, :]
     w_ptrs = w_ptr + (row + offs_n)[None, :] * K + offs_k[:, None]
