@@ -136,6 +136,6 @@ LENGTHS = Case(
 SUITE = Suite(
     name="generation",
     title="Text generation on a GPU",
-    cases=(PROMPTS, STEPS, INT8_STEPS, DEFAULT_CACHE, ROOM, BATCHES, LENGTHS),
+    cases=(PROMPTS, STEPS, DEFAULT_CACHE, ROOM, BATCHES, LENGTHS, INT8_STEPS),
     device="cuda",
 )
