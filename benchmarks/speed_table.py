@@ -152,16 +152,23 @@ def speed_figure(results: Path, path: Path) -> None:
 
 
 def _line(axes: Any, name: str, points: dict[int, float], colour: str) -> None:
-    """A line with its name at its end: left of it where it rises, else below, or above where it runs along the axis."""
+    """A line with its name at its end: left or above where it rises, below where it falls, but not below the axis."""
     sizes, values = list(points), list(points.values())
     axes.set_xscale("log", base=2)
     axes.plot(sizes, values, "o-", color=colour, linewidth=2, markersize=4)
     axes.set_xticks(sizes, [f"{size // 1024}K" if size % 1024 == 0 else f"{size}" for size in sizes])
     axes.xaxis.minorticks_off()
-    rises = values[-1] > 2 * values[0]
-    is_low = values[-1] < 3
-    offset = (-8, -3) if rises else (0, 8 if is_low else -16)
-    axes.annotate(name, (sizes[-1], values[-1]), xytext=offset, textcoords="offset points", color=colour, ha="right")
+    if values[-1] > 2 * values[0]:
+        place, offset, align = -1, (-8, -3), "right"
+    elif values[-1] > values[0]:
+        place, offset, align = -1, (0, 8), "right"
+    elif values[-1] > 3:
+        place, offset, align = -1, (0, -16), "right"
+    else:
+        place, offset, align = 0, (0, 8), "left"
+    axes.annotate(
+        name, (sizes[place], values[place]), xytext=offset, textcoords="offset points", color=colour, ha=align
+    )
 
 
 def in_place(readme: str, table: str) -> str:
