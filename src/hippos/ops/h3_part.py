@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hippos.ops.first_product import prepare_products
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels, forward_without_kernels
 from hippos.ops.h3_mix.layout import MixInputs, laid_out
-from hippos.ops.h3_mix.projected import N_PROJECTIONS, _product, takes_projected
-from hippos.ops.h3_mix.stacked import Projections, row_sums, stack_projections
+from hippos.ops.h3_mix.products import (
+    project,
+    project_back,
+    project_back_gradient,
+    project_gradient,
+    projection_gradients,
+    weight_gradients,
+)
+from hippos.ops.h3_mix.projected import N_PROJECTIONS, takes_projected
+from hippos.ops.h3_mix.stacked import Projections, stack_projections
 from hippos.ops.kernel_device import is_interpreted
-from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.schedule import forward_schedule
 from hippos.ops.ssm_state import h3_initial_gradient, h3_state_after
 
@@ -96,8 +102,8 @@ class _Part(torch.autograd.Function):
         layer = cast(tuple[Tensor, ...], tensors[N_PROJECTIONS:])
         shift_filter, shift_d, log_a, b, _, _ = layer
         stacked = stack_projections(projections, u.dtype)
-        (batch, seqlen, _), d_model = u.shape, len(projections.q)
-        product, folds = _product(u, stacked, shift_filter.shape[1], log_a.shape[1], None)
+        seqlen, d_model = u.shape[1], len(projections.q)
+        product, folds = project(u, stacked, shift_filter.shape[1], log_a.shape[1], None)
         bias = stacked.biases[: 3 * d_model].view(3, -1) if folds and stacked.biases.numel() else None
         _, k, v = product.unbind(0)
         last = k[..., seqlen - shift_filter.shape[1] + 1 :]
@@ -106,24 +112,16 @@ class _Part(torch.autograd.Function):
             last, lambda past: h3_state_after(k, v, shift_filter, shift_d, log_a, b, past=past, bias=bias)
         )
         y, states = _mix(product, layer, past, initial, bias, saves)
-        rows, matrix = y.transpose(0, 1).reshape(d_model, -1).t(), stacked.weights[3 * d_model :].t()
-        last_bias = None if projections.out_bias is None else stacked.rounded[3 * d_model :]
-        tokens = torch.mm(rows, matrix) if last_bias is None else torch.addmm(last_bias, rows, matrix)
         ctx.save_for_backward(u, *layer, product, y, states, stacked.weights, stacked.biases, past)
         ctx.neighbours, ctx.folds, ctx.dtype = neighbours, folds, projections.q.dtype
-        return tokens.view(batch, seqlen, -1)
+        return project_back(y, stacked)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtokens: Tensor) -> tuple[Tensor | None, ...]:
         u, *layer, product, y, states, weights, biases, past = ctx.saved_tensors
         (batch, seqlen, _), d_model = u.shape, len(weights) // 4
-        drows = dtokens.reshape(batch * seqlen, d_model)
-        dbias = biases.new_empty(biases.shape)
-        prepare_products(u.device)
-        if dbias.numel() > 3 * d_model:
-            torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
-        dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
+        dout, dbias = project_back_gradient(dtokens, weights, biases)
         behind = ctx.neighbours.gradient_behind(h3_initial_gradient(dout, product[0], layer[2], layer[4]))
         dproduct = u.new_empty(3, d_model, batch, seqlen)
         bias = biases[: 3 * d_model].view(3, -1) if ctx.folds and biases.numel() else None
@@ -131,14 +129,9 @@ class _Part(torch.autograd.Function):
         if past.shape[-1]:
             last = dproduct[1, ..., seqlen - past.shape[-1] :]
             last += ctx.neighbours.key_gradient_behind(found[9]).transpose(0, 1).to(last.dtype)
-        rows = dproduct.view(3 * d_model, batch * seqlen)
-        if dbias.numel():
-            row_sums(rows, dbias[: 3 * d_model])
-        du = (rows.t() @ weights[: 3 * d_model]).view(u.shape)
-        dweight = product_in(rows, u.reshape(batch * seqlen, -1), ctx.dtype)
-        dlast = product_in(drows.t(), y.transpose(0, 1).reshape(d_model, -1).t(), ctx.dtype)
-        dbiases = dbias.to(ctx.dtype).view(-1, d_model).unbind(0) if dbias.numel() else ()
-        gradients = [du, *dweight.view(3, *dlast.shape).unbind(0), dlast, *dbiases, *[None] * (4 - len(dbiases))]
+        du = project_gradient(u, dproduct, weights, dbias)
+        dweights = weight_gradients(u, y, dtokens, dproduct, ctx.dtype)
+        gradients = [du, *projection_gradients(*dweights, dbias.to(ctx.dtype))]
         needed = ctx.needs_input_grad[2:]
         return None, None, *(x if wanted else None for x, wanted in zip([*gradients, *found[3:9]], needed, strict=True))
 

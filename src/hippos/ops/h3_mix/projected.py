@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from hippos.ops.direct import Direct
-from hippos.ops.first_product import prepare_products
 from hippos.ops.h3_mix.autograd import h3_mix_kernel_op, is_common, saved_states, why_not_triton
 from hippos.ops.h3_mix.kernel_fallback import backward_without_kernels
 from hippos.ops.h3_mix.layout import MixInputs, laid_out, refuse_second_derivative
+from hippos.ops.h3_mix.products import (
+    project,
+    project_back,
+    project_back_gradient,
+    project_gradient,
+    projection_gradients,
+    weight_gradients,
+)
 from hippos.ops.h3_mix.schedule import folds_bias
-from hippos.ops.h3_mix.stacked import Projections, Stacked, allocate_stacked, row_sums, stack_projections
+from hippos.ops.h3_mix.stacked import Projections, allocate_stacked, stack_projections
 from hippos.ops.kernel_device import is_interpreted
-from hippos.ops.precision import product_in
 from hippos.ops.ssm_conv.kernel_fallback import none
 from hippos.ops.tracing import is_exporting
 
@@ -95,13 +101,13 @@ def h3_projected_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, then what the backward pass needs (or empty).
 
-    That is what `_product` gives, q and v with their biases in any case; what the last projection reads; states; the
+    That is what `project` gives, q and v with their biases in any case; what the last projection reads; states; the
     stacked weights and biases.
     """
     projections = Projections(q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias)
     stacked = stack_projections(projections, u.dtype)
-    (batch, seqlen, _), d_model = u.shape, q_weight.shape[0]
-    product, folds = _product(u, stacked, shift_filter.shape[1], log_a.shape[1], cu_seqlens)
+    d_model = q_weight.shape[0]
+    product, folds = project(u, stacked, shift_filter.shape[1], log_a.shape[1], cu_seqlens)
     q, k, v = product.unbind(0)
     layer = (shift_filter, shift_d, log_a, b, c, d)
     bias = stacked.biases[: 3 * d_model].view(3, -1) if folds and q_bias is not None else None
@@ -117,22 +123,10 @@ def h3_projected_op(
         tensors = MixInputs(*laid_out((q, k, v, *layer, None, None)))._replace(bias=bias)
         writes_back = saves and bias is not None
         y, _, states = h3_mix_fwd(tensors, cu_seqlens, wants_state=False, saves_states=saves, writes_back=writes_back)
-    rows, matrix = y.transpose(0, 1).reshape(d_model, -1).t(), stacked.weights[3 * d_model :].t()
-    tokens = torch.mm(rows, matrix) if out_bias is None else torch.addmm(stacked.rounded[3 * d_model :], rows, matrix)
-    tokens = tokens.view(batch, seqlen, -1)
+    tokens = project_back(y, stacked)
     if not saves:
         return tokens, none(u), none(u), none(u), none(u), none(u)
     return tokens, product, y, states, stacked.weights, stacked.biases
-
-
-def _product(u: Tensor, stacked: Stacked, n_taps: int, n_modes: int, cu_seqlens: Tensor | None) -> tuple[Tensor, bool]:
-    """q, k and v, shape (3, B, D, L), (3, D, B, L) in memory, and whether their biases are left to the mixing."""
-    (batch, seqlen, _), d_model = u.shape, stacked.weights.shape[0] // 4
-    columns = u.reshape(batch * seqlen, -1).t()  # (D, B * L)
-    folds = cu_seqlens is None and folds_bias(u.dtype, batch, d_model, seqlen, n_taps, n_modes, u.device)
-    weight, bias = stacked.weights[: 3 * d_model], stacked.rounded[: 3 * d_model]
-    product = weight @ columns if folds or not bias.numel() else torch.addmm(bias.unsqueeze(1), weight, columns)
-    return product.view(3, d_model, batch, seqlen).transpose(1, 2), folds
 
 
 @h3_projected_op.register_fake
@@ -192,12 +186,7 @@ def h3_projected_backward_op(
     (3 D,) without the output's; of the six parameters.
     """
     (batch, seqlen, _), d_model = u.shape, weights.shape[0] // 4
-    drows = dtokens.reshape(batch * seqlen, d_model)
-    dbias = biases.new_empty(biases.shape if wants_weights else (0,))
-    prepare_products(u.device)
-    if dbias.numel() > 3 * d_model:
-        torch.sum(drows, 0, dtype=torch.float32, out=dbias[3 * d_model :])
-    dout = (weights[3 * d_model :].t() @ drows.t()).view(d_model, batch, seqlen).transpose(0, 1)
+    dout, dbias = project_back_gradient(dtokens, weights, biases if wants_weights else biases[:0])
     dproduct = u.new_empty(3, d_model, batch, seqlen)
     joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
     folds = cu_seqlens is None and folds_bias(
@@ -214,14 +203,10 @@ def h3_projected_backward_op(
 
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, None, None)))._replace(bias=bias)
         found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint)
-    rows = dproduct.view(3 * d_model, batch * seqlen)
-    if dbias.numel():
-        row_sums(rows, dbias[: 3 * d_model])
-    du = (rows.t() @ weights[: 3 * d_model]).view(u.shape) if wants_tokens else none(u)
+    du = project_gradient(u, dproduct, weights, dbias, wants_tokens)
     if not wants_weights:
         return du, none(u), none(u), none(u), *found[3:9]
-    dweight = product_in(rows, u.reshape(batch * seqlen, -1), dtype)
-    dlast = product_in(drows.t(), y.transpose(0, 1).reshape(d_model, -1).t(), dtype)
+    dweight, dlast = weight_gradients(u, y, dtokens, dproduct, dtype)
     return du, dweight, dlast, dbias.to(dtype), *found[3:9]
 
 
@@ -271,9 +256,7 @@ def _backward(ctx: Any, dtokens: Tensor | None, *_: None) -> tuple[Tensor | None
     du, dweight, dlast, dbias, *rest = _gradients(*ctx.saved_tensors, dtokens, ctx.dtype, needs_tokens, wants_weights)
     gradients: list[Tensor | None] = [None] * N_PROJECTIONS
     if wants_weights:
-        dbiases = dbias.view(-1, len(dlast)).unbind(0) if dbias.numel() else ()
-        absent = [None] * (4 - len(dbiases))
-        gradients = [*dweight.view(3, *dlast.shape).unbind(0), dlast, *dbiases, *absent]
+        gradients = projection_gradients(dweight, dlast, dbias)
     gradients = [dx if wanted else None for dx, wanted in zip([*gradients, *rest], needed, strict=True)]
     return du if needs_tokens else None, *gradients, None, None
 
