@@ -18,7 +18,7 @@ def embed(ids: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Look up rows; the gradient of a row is the sum of those of its places, in float32 and in a fixed order.
 
     Args:
-        ids: Numbers of rows, any shape, int64 or int32; unchecked on a GPU.
+        ids: Numbers of rows, any shape, int64 or int32; one out of range fails as in PyTorch, on a GPU later.
         weight: Table, shape (rows, D), float16, bfloat16 or float32; "torch" and "reference" take float64 too.
         impl: "triton" sorts the places by row and sums them in two passes of short programs, where PyTorch takes a
             pass more; "torch" and "reference" are plain PyTorch; "auto" takes Triton on CUDA devices where it goes.
