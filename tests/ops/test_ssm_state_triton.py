@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 
 import pytest
@@ -67,6 +68,8 @@ def check_reach(seqlen: int, device: str) -> None:
         log_a[channel, :, 0] = -rate
     u = random.normal(1, 4, seqlen).to(device)
     exact = [x.double() for x in (u, log_a, b, c)]
+    # A mode that never dies turns with every sample, by a phase that is exact to 2**-31 of a turn.
+    tolerance = ERRORS[torch.float32] + 2 * math.pi * 2**-31 * seqlen
     for fold, weight, left_out in ((state_after, b, slice(0, 40)), (initial_gradient, c, slice(seqlen - 40, seqlen))):
         wanted = fold(exact[0], exact[1], exact[2] if weight is b else exact[3], impl="torch")
         poisoned = u.clone()
@@ -74,7 +77,7 @@ def check_reach(seqlen: int, device: str) -> None:
         found = fold(poisoned, log_a, weight, impl="triton")
         assert bool(torch.isfinite(found).all())
         for got, want in zip(found.unbind(1), wanted.unbind(1), strict=True):
-            assert relative_error(got, want) < ERRORS[torch.float32] or float(want.norm()) == 0 == float(got.norm())
+            assert relative_error(got, want) < tolerance or float(want.norm()) == 0 == float(got.norm())
 
 
 @interpreter
