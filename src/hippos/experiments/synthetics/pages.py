@@ -26,10 +26,10 @@ def in_order(results: Results) -> tuple[list[str], list[str]]:
 
 def median_accuracy(result: Mapping[str, Any], which: str = "best_accuracy") -> float:
     """The median over seeds, in percent."""
-    return _percent(median(seed[which] for seed in result["seeds"]))
+    return _in_percent(median(seed[which] for seed in result["seeds"]))
 
 
-def _percent(share: float) -> float:
+def _in_percent(share: float) -> float:
     """A share of 1 in percent, without the digits that binary fractions add."""
     return round(100 * share, 6)
 
@@ -43,7 +43,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
             result = results.get(f"{task}-{mixer}")
             if result is None:
                 continue
-            best = [_percent(seed["best_accuracy"]) for seed in result["seeds"]]
+            best = [_in_percent(seed["best_accuracy"]) for seed in result["seeds"]]
             lengths, watched = (result["seeds"][0].get(key, {}) for key in ("by_length", "best_by_length"))
             rows.append(
                 {
@@ -55,12 +55,12 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     "by_seed": best,
                     "final_accuracy": median_accuracy(result, "final_accuracy"),
                     "by_length": {
-                        n: _percent(median(seed["by_length"][n] for seed in result["seeds"])) for n in lengths
+                        n: _in_percent(median(seed["by_length"][n] for seed in result["seeds"])) for n in lengths
                     },
                     "best_by_length": {
-                        n: _percent(median(seed["best_by_length"][n] for seed in result["seeds"])) for n in watched
+                        n: _in_percent(median(seed["best_by_length"][n] for seed in result["seeds"])) for n in watched
                     },
-                    "chance": _percent(result["chance"]),
+                    "chance": _in_percent(result["chance"]),
                     "n_seeds": len(best),
                     "parameters": result["parameters"],
                     "epochs": result["epochs"],
