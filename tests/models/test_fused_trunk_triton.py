@@ -12,6 +12,7 @@ from hippos.layers import H3
 from hippos.models import H3Config, H3ForCausalLM, fused_trunk
 from hippos.models.fused_trunk import takes_fused_trunk
 from hippos.train.arguments import checkpoint_activations, recompute_cheap_parts
+from tests.train import workers
 
 # numpy 2 warns of a conversion in Triton's own code.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -203,3 +204,65 @@ def test_same_loss_and_gradients_on_a_gpu(monkeypatch, is_frugal, autocast):
     for name, right in wanted.items():
         errors = [float((x[1][name].cpu().double() - right).norm() / right.norm()) for x in (found, usual)]
         assert errors[0] < max(1.5 * errors[1], 1e-4), name
+
+
+def sharded(out):
+    """Steps of a plain model and a sharded one, whose blocks keep their gathered weights or do not."""
+    from torch.distributed.tensor import DTensor
+
+    from hippos.train.processes import Processes
+    from hippos.train.sharding import shard_model
+
+    rank = Processes.join().rank
+    found, ids = {}, torch.randint(31, (2, 20), generator=torch.Generator().manual_seed(1))
+    for name in ("plain", "kept", "again", "checkpointed"):
+        model, calls = make(), []
+        run_block = fused_trunk._run_block
+        fused_trunk._run_block = lambda *args, calls=calls, run_block=run_block: (calls.append(1), run_block(*args))[1]
+        if name == "checkpointed":
+            checkpoint_activations(model)
+        if name != "plain":
+            shard_model(model, torch.device("cpu"), dtype=torch.float32, keeps_gathered=name == "kept")
+        for _ in range(2):
+            loss, gradients = run(model, ids[rank : rank + 1] if name != "plain" else ids)
+        fused_trunk._run_block = run_block
+        whole = {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in gradients.items()}
+        torch.distributed.all_reduce(loss)
+        found[name] = loss / 2, whole, len(calls)
+    if rank == 0:
+        torch.save(found, out)
+
+
+@interpreted
+def test_sharded_blocks_are_fused_too(tmp_path):
+    workers.run_workers(2, sharded, tmp_path / "found.pt", log=tmp_path / "log")
+    found = torch.load(tmp_path / "found.pt")
+    loss, gradients, n_calls = found.pop("plain")
+    assert n_calls == 6
+    for name, (other_loss, others, n) in found.items():
+        assert n == (12 if name == "checkpointed" else 6), name
+        torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(others[key], gradient, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+
+
+def test_hooks_on_sharded_blocks_are_not_passed_over(tmp_path):
+    workers.run_workers(2, hooked, tmp_path / "found.pt", log=tmp_path / "log")
+    assert torch.load(tmp_path / "found.pt") == [True, False, True, False]
+
+
+def hooked(out):
+    """Whether a sharded block is plain, with a hook of someone's on itself or its MLP and without."""
+    from hippos.train.processes import Processes
+    from hippos.train.sharding import shard_model
+
+    rank, model = Processes.join().rank, make()
+    shard_model(model, torch.device("cpu"), dtype=torch.float32)
+    block, found = model.model.layers[0], []
+    for module in (block, block.mlp.fc1):
+        found.append(fused_trunk._is_plain_block(block))
+        hook = module.register_forward_hook(lambda *args: None)
+        found.append(fused_trunk._is_plain_block(block))
+        hook.remove()
+    if rank == 0:
+        torch.save(found, out)

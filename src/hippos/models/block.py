@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,11 @@ from hippos.models.context import mix_in_context
 from hippos.models.layout import TokenLayout
 from hippos.models.mixers import make_mixer
 from hippos.ops import H3State
+
+Result = TypeVar("Result")
+
+LENDING = "lend"
+"""Name of `H3Block.lend`, which FSDP wraps as it does forward."""
 
 
 class H3Block(GradientCheckpointingLayer):
@@ -67,6 +72,18 @@ class H3Block(GradientCheckpointingLayer):
         mixed, weights = self._mix(self.norm1(hidden_states), layout, past_key_values)
         hidden_states = hidden_states + self._drop(mixed)
         return hidden_states + self._drop(self._feed_forward(hidden_states)), weights
+
+    def lend(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function of this block and other arguments in place of forward.
+
+        Where FSDP shards blocks it wraps this method, so that weights are gathered for the function.
+        """
+        return function(self, *args)
+
+    @property
+    def is_lent_whole(self) -> bool:
+        """Whether `lend` is wrapped, so that parameters may be elsewhere outside of it."""
+        return LENDING in self.__dict__
 
     def _feed_forward(self, u: Tensor) -> Tensor:
         if not (self.recomputes_cheap_parts and self.training):

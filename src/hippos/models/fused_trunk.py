@@ -50,8 +50,9 @@ def embed_tokens(embedding: nn.Module, ids: Tensor) -> Tensor:
 def takes_fused_trunk(blocks: Iterable[nn.Module], norm: nn.Module, stream: Tensor) -> bool:
     """Whether `run_fused_trunk` gives what the blocks and the norm behind them would give, but faster.
 
-    It calls norms' and MLPs' parameters and not the modules, so these must be plain: no hooks (FSDP has some), nothing
-    replaced (as by LoRA), not compiled. Only hybrids of H3 and attention: other SSMs spend their time elsewhere.
+    It calls norms' and MLPs' parameters and not the modules, so these must be plain: no hooks, nothing replaced (as by
+    LoRA), not compiled. Blocks may be sharded as `hippos.train` does it: each gathers its matrices alone. Only hybrids
+    of H3 and attention: other SSMs spend their time elsewhere.
 
     Args:
         blocks: The blocks.
@@ -78,11 +79,11 @@ def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: To
     update: Tensor | None = None
     update_bias: Tensor | None = None
     for block in blocks:
+        inputs = (_run_block, stream, update, update_bias, layout)
         if _is_checkpointed(block):
-            inputs = (block, stream, update, update_bias, layout)
-            stream, update = checkpoint(_run_block, *inputs, use_reentrant=False)
+            stream, update = checkpoint(block.lend, *inputs, use_reentrant=False)
         else:
-            stream, update = _run_block(block, stream, update, update_bias, layout)
+            stream, update = block.lend(*inputs)
         update_bias = block.mlp.fc2.bias
     return _add_norm(norm, stream, update, update_bias, stream.dtype).normed
 
@@ -159,16 +160,32 @@ def _made_again(kept: NormKept) -> AbstractContextManager[Any]:
 
 def _is_plain_block(block: nn.Module) -> bool:
     return (
-        type(block) is H3Block
-        and _is_untouched(block)
+        isinstance(block, H3Block)
+        and (_is_sharded(block) if block.is_lent_whole else type(block) is H3Block and _is_untouched(block))
         and not (block.training and block.dropout)
         and type(block.mixer) in (H3, CachedSelfAttention)
         and _is_plain_norm(block.norm1)
         and _is_plain_norm(block.norm2)
         and type(block.mlp) is MLP
         and _is_untouched(block.mlp)
-        and all(is_plain_linear(linear) and linear.bias is not None for linear in (block.mlp.fc1, block.mlp.fc2))
+        and all(
+            _is_plain_linear(linear, block) and linear.bias is not None for linear in (block.mlp.fc1, block.mlp.fc2)
+        )
     )
+
+
+def _is_sharded(block: H3Block) -> bool:
+    """Whether a block is FSDP's, which gathers its weights for a call and for `H3Block.lend`, and nothing else."""
+    hooks = (block._forward_pre_hooks, block._forward_hooks)
+    is_hooked_once = all(len(kind) == 1 for kind in hooks) and not (block._backward_hooks or block._backward_pre_hooks)
+    is_changed = "forward" in block.__dict__ or block._compiled_call_impl is not None
+    return H3Block in type(block).__bases__ and is_hooked_once and not is_changed
+
+
+def _is_plain_linear(linear: nn.Module, block: H3Block) -> bool:
+    # The parameter of a sharded matrix, outside of the block's call, is of another type.
+    is_linear = type(linear) is nn.Linear and _is_untouched(linear)
+    return is_linear if block.is_lent_whole else is_plain_linear(linear)
 
 
 def _is_plain_embedding(embedding: nn.Module) -> TypeGuard[nn.Embedding]:

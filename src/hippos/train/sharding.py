@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from hippos.layers import SSMModule
+from hippos.models.block import LENDING
 
 __all__ = ["is_sharded", "reshard", "shard_model"]
 
@@ -22,9 +23,10 @@ def shard_model(
 ) -> None:
     """Shard a model's parameters over all processes, in place.
 
-    The parameters stay float32. Each block gathers its weight matrices in ``dtype``; its SSM parameters and norms, and
-    the embedding with the final norm, are gathered in float32, so that the model computes what autocast makes of an
-    unsharded one. Gradients are reduced in float32.
+    The parameters stay float32. Each block gathers its weight matrices in ``dtype``; all others, which are small (SSM
+    parameters, norms, biases), are gathered in float32 with the embedding, once for a forward and backward pass. So the
+    model computes what autocast makes of an unsharded one, and no module within a block has hooks: compilers and fused
+    kernels find blocks as they are. Gradients are reduced in float32.
 
     Args:
         model: A model whose ``_no_split_modules`` are its blocks.
@@ -36,16 +38,24 @@ def shard_model(
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     if keeps_gathered is None:
         keeps_gathered = _takes_little(model, device, dtype)
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keeps_gathered}
     exact = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.modules():
-        if type(block).__name__ in (model._no_split_modules or ()):
-            parts: list[nn.Module] = [m for m in block.modules() if isinstance(m, SSMModule | nn.LayerNorm)]
-            fully_shard(parts, mp_policy=exact, **options)
-            fully_shard(block, mp_policy=rounded, **options)
-    # What is gathered last is used again first.
-    fully_shard(model, mp_policy=exact, mesh=mesh)
+    blocks = [block for block in model.modules() if type(block).__name__ in (model._no_split_modules or ())]
+    matrices = {weight for block in blocks for weight in _matrices(block)}
+    # The whole model first: what is sharded before it would be left out with all that is inside.
+    fully_shard(model, mesh=mesh, mp_policy=exact, ignored_params=matrices)
+    options: dict[str, Any] = {"reshard_after_forward": not keeps_gathered}
+    options["ignored_params"] = set(model.parameters()) - matrices
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=rounded, **options)
+        register_fsdp_forward_method(block, LENDING)
+
+
+def _matrices(block: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of a block's linear maps."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            yield cast(nn.Parameter, module.weight)
 
 
 def _takes_little(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
