@@ -1,4 +1,4 @@
-"""A language model from nothing: four layers, one of them attention, learn a sentence by heart and go on with it."""
+"""Train a small hybrid (four layers, one of them attention) to memorise a sentence, then generate from it."""
 
 import torch
 
@@ -12,16 +12,16 @@ model = H3ForCausalLM(config)
 sentence = b"A hippo sleeps in the river by day, and walks ashore by night to graze. "
 tokens = torch.tensor([list(sentence)])
 
-# SSM parameters learn at a rate of their own and without weight decay; param_groups knows which they are.
+# SSM parameters get their own learning rate and no weight decay; param_groups selects them.
 optimiser = torch.optim.AdamW(param_groups(model, lr=5e-3, weight_decay=0.1))
 for _ in range(60):
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     optimiser.step()
     optimiser.zero_grad()
-print(f"loss {loss.item():.3f} nats a byte")
+print(f"loss {loss.item():.3f} nats per byte")
 
 model.eval()
 prompt = torch.tensor([list(b"A hippo")])
-written = model.generate(prompt, max_new_tokens=60, do_sample=False)
-print(bytes(written[0].tolist()).decode())
+output = model.generate(prompt, max_new_tokens=60, do_sample=False)
+print(bytes(output[0].tolist()).decode())

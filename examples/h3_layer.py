@@ -1,4 +1,4 @@
-"""The H3 layer in a model of your own, and its three forms: a whole sequence, pieces of it, one token at a time."""
+"""The H3 layer in your own model, and its three forms: a whole sequence, chunks of it, one token at a time."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from hippos.layers import H3
 
 
 class Block(nn.Module):
-    """A residual block as in a Transformer, with H3 in the place of attention."""
+    """A Transformer's residual block with H3 in place of attention."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -16,13 +16,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, L, D) to tokens (B, L, D); any length, causal, no positions needed."""
+        """Map tokens (B, L, D) to tokens (B, L, D); any length, causal, no position embedding."""
         x = x + self.mixer(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 tokens = torch.randn(2, 300, 32)
-print("a block of your own:", tuple(Block(d_model=32)(tokens).shape))
+print("output of the block:", tuple(Block(d_model=32)(tokens).shape))
 
 layer = H3(d_model=32, d_state=16).eval()
 with torch.no_grad():

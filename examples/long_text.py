@@ -1,4 +1,4 @@
-"""Reading a text of any length in bounded memory: the model's state passes from piece to piece."""
+"""Read a sequence of any length in bounded memory: the state passes from chunk to chunk."""
 
 import torch
 
@@ -11,10 +11,10 @@ text = torch.randint(256, (1, 4096))
 
 cache = None
 with torch.inference_mode():
-    for piece in text.split(512, dim=1):
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for chunk in text.split(512, dim=1):
+        output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
     at_once = model(input_ids=text, logits_to_keep=1).logits
 
-print(f"logits after {text.shape[1]} tokens, in pieces of 512 and at once, differ by at most", end=" ")
+print(f"logits after {text.shape[1]} tokens, in chunks of 512 and at once, differ by at most", end=" ")
 print(f"{(output.logits - at_once).abs().max():.1e}")

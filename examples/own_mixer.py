@@ -1,4 +1,4 @@
-"""A mixer of your own in a language model: a moving average of each channel, written with hippos' operators."""
+"""Your own mixer in a language model: a moving average of each channel, built from hippos' operators."""
 
 import math
 import tempfile
@@ -14,15 +14,15 @@ from hippos.ops import ssm_conv, ssm_step
 
 
 class MovingAverage(nn.Module):
-    """``x[t] = a x[t - 1] + (1 - a) u[t]`` with an ``a`` for each channel, then a gated projection."""
+    """``x[t] = a x[t - 1] + (1 - a) u[t]`` with one ``a`` per channel, then a gated projection."""
 
     def __init__(self, d_model: int, *, longest: float = 1000.0) -> None:
         super().__init__()
-        self.log_span = nn.Parameter(torch.linspace(0, math.log(longest), d_model))  # tokens that a channel remembers
+        self.log_span = nn.Parameter(torch.linspace(0, math.log(longest), d_model))  # memory of each channel, in tokens
         self.out_proj = nn.Linear(d_model, 2 * d_model)
 
     def operators(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log_a, b and c of an SSM with one real mode: pairs (D, 1, 2). A mode counts twice, hence the half."""
+        """log_a, b and c of an SSM with one real mode: pairs (D, 1, 2). Modes count twice, hence the half."""
         log_a = -torch.exp(-self.log_span.float())  # recurrences stay float32 in a half-precision model
         pairs = [torch.stack((part, torch.zeros_like(part)), -1) for part in (log_a, -torch.expm1(log_a) / 2)]
         return pairs[0].unsqueeze(1), pairs[1].unsqueeze(1), torch.ones_like(pairs[0]).unsqueeze(1)
@@ -38,7 +38,7 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def step(self, u: Tensor, state: Tensor) -> Tensor:
-        """Map one more token, (B, 1, D), and take it into the state."""
+        """Map one token, (B, 1, D), and update the state in place."""
         return F.glu(self.out_proj(ssm_step(u.squeeze(1), state, *self.operators())), dim=-1).view_as(u)
 
     def init_state(self, batch: int) -> Tensor:
@@ -56,6 +56,6 @@ with tempfile.TemporaryDirectory() as folder:
     again = AutoModelForCausalLM.from_pretrained(folder)
 
 prompt = torch.randint(256, (2, 9))
-written = again.generate(prompt, max_new_tokens=5, do_sample=False)
-whole = model(written).logits[:, 8:-1].argmax(-1)  # what the model, reading all of it at once, would have gone on with
-print("written token by token, read at once: the same", torch.equal(written[:, 9:], whole))
+generated = again.generate(prompt, max_new_tokens=5, do_sample=False)
+whole = model(generated).logits[:, 8:-1].argmax(-1)  # predictions of a single forward pass
+print("token by token and in one pass: the same", torch.equal(generated[:, 9:], whole))
