@@ -8,6 +8,7 @@ from hippos.errors import ConfigError, OutOfMemoryError
 from hippos.generate import Generator, Sampling, answer_file
 
 SAMPLING = Sampling(max_new_tokens=6, temperature=1.0, seed=4)
+ANSWER = {"line": 1, "prompt": "hello", "seed": 4, "n_new_tokens": 6, "finish_reason": "length"}
 
 
 @pytest.fixture
@@ -100,13 +101,16 @@ def test_a_prompt_longer_than_the_cache_is_a_broken_line(random_h3, tokenizer, t
     [
         ("not json\n", "line 1 is no answer of hippos"),
         ('{"line": 1}\n', "line 1 is no answer of hippos"),
-        ('{"line": 1, "prompt": "other", "seed": 4}\n', "answers another prompt than line 1"),
-        ('{"line": 9, "prompt": "hello", "seed": 4}\n', "answers another prompt than line 9"),
-        ('{"line": 1, "prompt": "hello", "seed": 5}\n', "was written with seed 5, not 4"),
+        (ANSWER | {"prompt": "other"}, "answers another prompt than line 1 asks"),
+        (ANSWER | {"line": 9}, "answers another prompt than line 9 asks"),
+        (ANSWER | {"seed": 5}, "was written with seed 5, not 4"),
+        (ANSWER | {"n_new_tokens": 5}, "ends after 5 tokens, wanted are 6"),
+        (ANSWER | {"n_new_tokens": 7, "finish_reason": "eos"}, "ends after 7 tokens, wanted are 6"),
     ],
 )
 def test_answers_to_something_else_are_not_added_to(writer, prompts, tmp_path, content, words):
     out = tmp_path / "answers.jsonl"
+    content = content if isinstance(content, str) else json.dumps(content) + "\n"
     out.write_text(content)
     with pytest.raises(ConfigError, match=words):
         answer_file(writer, prompts, out, SAMPLING, batch_size=2)

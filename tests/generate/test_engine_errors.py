@@ -30,6 +30,9 @@ from tests.generate.small_models import N_NEW, VOCAB
         (torch.tensor([[1, 2]]), {"attention_mask": torch.ones(2, 2)}, ValueError, "shape of input_ids"),
         (torch.tensor([[1, 2, 3]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "row 0"),
         ([[1, 2]], {"lengths": [1]}, ValueError, "tensor of input_ids"),
+        (["a text"], {}, TypeError, "a list of token ids, as tokenizer.*, got 'a text'"),
+        ([1, 2], {}, TypeError, "a list of token ids, as tokenizer.*, got 1"),
+        ([[1, 2]], {"stop": [3]}, ConfigError, r"stop must be a tuple of texts .*, got \(3,\)"),
         (
             torch.tensor([[1, 2]]),
             {"context": 5},

@@ -210,6 +210,17 @@ def test_short_prompts(random_h3, n_tokens):
     assert torch.equal(generate(model, ids, max_new_tokens=3).sequences, wanted)
 
 
+def test_saving_what_could_not_be_opened_is_refused(random_h3, tmp_path):
+    model = deepcopy(random_h3).float()
+    quantise_int8(model)
+    for one in (model, deepcopy(model)):
+        with pytest.raises(UnsupportedError, match=r"cannot be saved.* save it before it is quantised"):
+            one.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UnsupportedError, match="has int8 weights already"):
+        quantise_int8(model)
+
+
 def test_a_model_without_linear_maps_is_refused():
     model = nn.Embedding(4, 4)
     model.device = torch.device("cpu")

@@ -73,14 +73,14 @@ def answer_file(
         What was done, and which lines were broken.
 
     Raises:
-        ConfigError: If ``answers`` holds something else than answers to these prompts, or of another seed.
+        ConfigError: If ``answers`` holds something else than answers to these prompts, or of another seed or length.
         OutOfMemoryError: If a batch does not fit; the message says which would, and the answers so far are kept.
         OSError: If a file cannot be read or written.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     found, broken = _read_prompts(prompts, generator, sampling.max_new_tokens)
-    done, seed = _read_answers(answers, found, sampling.seed)
+    done, seed = _read_answers(answers, found, sampling)
     sampling = replace(sampling, seed=seed)
     waiting = [prompt for prompt in found if prompt.line not in done]
     n_answered = n_tokens = 0
@@ -145,8 +145,9 @@ def _read_prompt(number: int, line: bytes, generator: Generator, max_new_tokens:
     return _Prompt(number, text, ids, fields)
 
 
-def _read_answers(path: Path, prompts: list[_Prompt], seed: int | None) -> tuple[set[int], int | None]:
+def _read_answers(path: Path, prompts: list[_Prompt], sampling: Sampling) -> tuple[set[int], int | None]:
     """The lines that have an answer, and the seed to go on with; a torn last line is cut off."""
+    seed = sampling.seed
     if not path.exists():
         return set(), seed
     content = path.read_bytes()
@@ -158,12 +159,20 @@ def _read_answers(path: Path, prompts: list[_Prompt], seed: int | None) -> tuple
         try:
             answer = json.loads(line.decode("utf-8"))
             key, text, its_seed = answer["line"], answer["prompt"], answer["seed"]
+            n_new, reason = answer["n_new_tokens"], answer["finish_reason"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{where} is no answer of hippos; choose another file for the answers") from error
         if by_line.get(key) != text:
-            raise ConfigError(f"{where} answers another prompt than line {key}; choose another file for the answers")
+            raise ConfigError(
+                f"{where} answers another prompt than line {key} asks; choose another file for the answers"
+            )
         if seed is not None and its_seed != seed:
             raise ConfigError(f"{where} was written with seed {its_seed}, not {seed}; choose another file or that seed")
+        if n_new > sampling.max_new_tokens or (reason == "length" and n_new != sampling.max_new_tokens):
+            raise ConfigError(
+                f"{where} ends after {n_new} tokens, wanted are {sampling.max_new_tokens}; choose another file or that "
+                "number"
+            )
         seed = its_seed
         done.add(key)
     if len(whole) < len(content):

@@ -23,6 +23,8 @@ def quantise_int8(model: Any, *, device: torch.device | None = None) -> None:
     `Int8Linear`, that to the vocabulary among them, and decode steps read the weights as they are. On a CPU PyTorch
     rounds and multiplies; elsewhere torchao rounds, and an embedding that is tied to the map to the vocabulary shares
     its int8 weight. The memory of the old weights is free afterwards, unless somebody else refers to them.
+    ``save_pretrained`` is refused afterwards, as ``from_pretrained`` would put new random weights in the int8 ones'
+    place: rounding what was saved before takes seconds.
 
     Args:
         model: A causal language model of Transformers; for a CUDA device in bfloat16 or float16, with maps whose inputs
@@ -37,7 +39,8 @@ def quantise_int8(model: Any, *, device: torch.device | None = None) -> None:
     place = model.device if device is None else device
     linears = {id(module): module for module in model.modules() if is_plain_linear(module)}
     if not linears:
-        raise UnsupportedError(f"a {type(model).__name__} has no linear maps that could be int8")
+        reason = "has int8 weights already" if _is_int8(model) else "has no linear maps that could be int8"
+        raise UnsupportedError(f"this {type(model).__name__} {reason}")
     require_int8(place)
     by_torchao = _takes_torchao(place)
     if by_torchao:
@@ -48,6 +51,7 @@ def quantise_int8(model: Any, *, device: torch.device | None = None) -> None:
     made = _replaced(model, linears, place)
     for parent, name in tied:
         setattr(parent, name, Int8Embedding(made[id(model.get_output_embeddings())]))
+    model.save_pretrained = _refuse_saving
     model.to(place)
 
 
@@ -61,6 +65,16 @@ def require_int8(device: torch.device) -> None:
         raise UnsupportedError(
             f"int8 weights on {device.type} need torchao, which is not installed: pip install torchao"
         )
+
+
+def _is_int8(model: nn.Module) -> bool:
+    return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise UnsupportedError(
+        "a model with int8 weights cannot be saved, as Transformers could not open it; save it before it is quantised"
+    )
 
 
 def _takes_torchao(device: torch.device) -> bool:

@@ -36,14 +36,14 @@ def split_prompts(
     Raises:
         PromptError: If a text has no token.
         ValueError: If shapes or values are wrong, or both mask and lengths are given.
-        TypeError: If ids are no integers.
+        TypeError: If ids are no integers, or a text is words instead of ids.
     """
     if isinstance(input_ids, Tensor):
         pieces = _cut_rows(input_ids, attention_mask, lengths)
     elif attention_mask is not None or lengths is not None:
         raise ValueError("attention_mask and lengths go with a tensor of input_ids, not with a list of texts")
     else:
-        pieces = [torch.as_tensor(text, dtype=None if len(text) else torch.long) for text in input_ids]
+        pieces = [_as_ids(text) for text in input_ids]
     if not pieces:
         raise PromptError("there is no prompt: the batch is empty")
     for row, piece in enumerate(pieces):
@@ -63,6 +63,12 @@ def split_prompts(
 def prompt_name(row: int, batch: int) -> str:
     """What messages call a prompt: by its number only where there are several."""
     return "the prompt" if batch == 1 else f"prompt {row}"
+
+
+def _as_ids(text: Sequence[int] | Tensor) -> Tensor:
+    if isinstance(text, str | int):
+        raise TypeError(f"a prompt is a list of token ids, as tokenizer(text)['input_ids'] makes it, got {text!r}")
+    return torch.as_tensor(text, dtype=None if len(text) else torch.long)
 
 
 def _cut_rows(ids: Tensor, attention_mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> list[Tensor]:

@@ -67,8 +67,8 @@ class Sampling:
             raise ConfigError(f"repetition_penalty must be a positive number, got {self.repetition_penalty}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if "" in self.stop:
-            raise ConfigError("a stop string must have at least one character")
+        if "" in self.stop or not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError(f"stop must be a tuple of texts of at least one character, got {self.stop!r}")
 
     @property
     def is_greedy(self) -> bool:
