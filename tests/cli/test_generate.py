@@ -93,7 +93,7 @@ def test_stop_strings(run):
         (["--prompt", "a", "--min-p", "2"], "min_p must be from 0 to 1, got 2.0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive number, got 0.0"),
         (["--prompt", "abc", "--context", "9"], "the prompt has 3 tokens, and 128 more are wanted: the attention"),
-        (["--prompt", "a", "--stop", ""], "a stop string must have at least one character"),
+        (["--prompt", "a", "--stop", ""], "each stop string must be a text of at least one character"),
         (
             ["--prompt", "a", "--dtype", "int8"],
             "dtype must be one of auto, float32, bfloat16, float16, float64, got 'int8'",

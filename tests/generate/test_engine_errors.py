@@ -32,7 +32,7 @@ from tests.generate.small_models import N_NEW, VOCAB
         ([[1, 2]], {"lengths": [1]}, ValueError, "tensor of input_ids"),
         (["a text"], {}, TypeError, "a list of token ids, as tokenizer.*, got 'a text'"),
         ([1, 2], {}, TypeError, "a list of token ids, as tokenizer.*, got 1"),
-        ([[1, 2]], {"stop": [3]}, ConfigError, r"stop must be a tuple of texts .*, got \(3,\)"),
+        ([[1, 2]], {"stop": [3]}, ConfigError, r"stop string must be a text .*, got \(3,\)"),
         (
             torch.tensor([[1, 2]]),
             {"context": 5},

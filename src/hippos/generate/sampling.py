@@ -68,7 +68,7 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if "" in self.stop or not all(isinstance(text, str) for text in self.stop):
-            raise ConfigError(f"stop must be a tuple of texts of at least one character, got {self.stop!r}")
+            raise ConfigError(f"each stop string must be a text of at least one character, got {self.stop!r}")
 
     @property
     def is_greedy(self) -> bool:
