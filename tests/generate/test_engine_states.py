@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from hippos.generate import Generator, Sampling, generate
+from hippos.generate.fused_read import FusedRead
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.state import GenerationState, n_bytes_of_row
+from hippos.layers.ssm_diagonal import DiagonalSSM
 from tests.generate.small_models import N_NEW, SHAPES, VOCAB, written_by_transformers
 
 
@@ -81,6 +83,24 @@ def test_nothing_is_left_behind(make_model, ids):
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert not stream.padded_tokens().is_inference()
+
+
+def test_operators_are_made_once_for_a_generator_and_follow_the_weights(make_model, ids, monkeypatch):
+    monkeypatch.setattr(FusedRead, "fits", staticmethod(lambda model: True))  # as on a GPU
+    model, prompt = make_model(attn_layers=()), ids(1, 4)
+    diags, made = [layer.mixer.diag for layer in model.model.layers], []
+    make = DiagonalSSM.forward
+    monkeypatch.setattr(DiagonalSSM, "forward", lambda ssm: made.append(ssm) or make(ssm))
+    writer = Generator(model)
+    first = writer.read(prompt).hidden
+    assert torch.equal(writer.read(prompt).hidden, first)
+    assert made == diags
+    with torch.no_grad():
+        diags[0].C.mul_(2)
+    assert not torch.equal(writer.read(prompt).hidden, first)
+    assert made == [*diags, diags[0]]
+    diags[0].C.data.div_(2)  # leaves no trace
+    assert torch.equal(Generator(model).read(prompt).hidden, first)
 
 
 @pytest.mark.parametrize("chunk_len", [None, 5])

@@ -15,7 +15,7 @@ from hippos.errors import ConfigError, PromptError, UnsupportedError
 from hippos.generate.cache_decoder import CacheDecoder
 from hippos.generate.generated import Generated
 from hippos.generate.graph_steps import GraphSteps
-from hippos.generate.h3_decoder import H3Decoder
+from hippos.generate.h3_decoder import H3Decoder, forget_operators
 from hippos.generate.memory import advising_on_memory, check_fits
 from hippos.generate.prompts import prompt_name, split_prompts
 from hippos.generate.sampling import Sampling
@@ -65,6 +65,8 @@ class Generator:
         self.context = context
         self.chunk_len = chunk_len
         self.is_h3 = _is_h3(model)
+        if self.is_h3:
+            forget_operators(model)  # who wrote parameters through .data left no trace that layers notice
         can_capture = self.is_h3 and model.device.type == "cuda"
         if cuda_graph and not can_capture:
             raise UnsupportedError(f"a CUDA graph needs an H3 model on a CUDA device, got one on {model.device}")

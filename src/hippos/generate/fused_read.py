@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -20,17 +21,26 @@ class FusedRead:
 
     Outputs of layers are added by the products that make them. Their biases are not: the stream lacks the sum of all
     biases so far, which the norms add. The biases of q, k and v, whose products have channels first, are columns of the
-    weights, multiplied by a column of ones beside the normalised tokens.
+    weights, multiplied by a column of ones beside the normalised tokens. A short prompt's time is that of launching its
+    kernels, so what all layers share is made once.
 
     Args:
         x: Embedded tokens, shape (b, L, D), contiguous; changed in place.
+        linears: The maps whose products will be added, by `add_mixed` and `add_mapped`, in this order.
+        padding: True at tokens of no text, shape (b, L). H3 layers read zeros there, without a bias, so that behind
+            them a text begins from nothing.
         impl: "triton" or "reference".
     """
 
-    def __init__(self, x: Tensor, *, impl: StepImpl = "triton") -> None:
+    def __init__(
+        self, x: Tensor, linears: Iterable[Any], *, padding: Tensor | None = None, impl: StepImpl = "triton"
+    ) -> None:
         self._shape = x.shape
         self._rows = x.view(-1, x.shape[-1])
-        self._biases = x.new_zeros(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+        self._padding = None if padding is None else padding.view(-1, 1)
+        self._biases = iter(_sums_of_biases(linears, x))
+        self._bias = next(self._biases)
+        self._joint: _JointWeight | None = None
         self._impl: StepImpl = impl
 
     @staticmethod
@@ -62,7 +72,11 @@ class FusedRead:
             Its state after them.
         """
         batch, seqlen, d_model = self._shape
-        qkv = _weight_with_bias(mixer) @ self._norm(norm, has_ones=True).t()
+        u = self._norm(norm, has_ones=True)
+        if self._padding is not None:
+            u.masked_fill_(self._padding, 0)
+        self._joint = self._joint or _JointWeight(mixer)
+        qkv = self._joint.of(mixer) @ u.t()
         q, k, v = qkv.view(3, d_model, batch, seqlen).transpose(1, 2)  # (B, D, L)
         operators: Any = (*mixer.shift.operators(reuse=True), *mixer.diag.operators(reuse=True))  # type: ignore[union-attr]
         o, after = h3_mix(q, k, v, *operators, initial_state=state, return_state=True, cu_seqlens=cu_seqlens)
@@ -80,17 +94,15 @@ class FusedRead:
 
     def taken(self, rows: Tensor) -> Tensor:
         """Some tokens of the stream, by their numbers, shape (n, D)."""
-        return (self._rows.index_select(0, rows) + self._biases).to(self._rows.dtype)
+        return (self._rows.index_select(0, rows) + self._bias).to(self._rows.dtype)
 
     def _norm(self, norm: nn.LayerNorm, *, has_ones: bool) -> Tensor:
-        return norm_tokens(
-            self._rows, self._biases, norm.weight, norm.bias, norm.eps, has_ones=has_ones, impl=self._impl
-        )
+        return norm_tokens(self._rows, self._bias, norm.weight, norm.bias, norm.eps, has_ones=has_ones, impl=self._impl)
 
     def _add_product(self, inputs: Tensor, linear: nn.Linear) -> None:
         self._rows.addmm_(inputs, linear.weight.t())
         if linear.bias is not None:
-            self._biases = self._biases + linear.bias
+            self._bias = next(self._biases)
 
 
 def takes_mixer(mixer: nn.Module) -> bool:
@@ -111,12 +123,25 @@ def _has_weight(linear: nn.Module | None) -> TypeGuard[nn.Linear]:
     return is_plain_linear(linear) or isinstance(linear, Int8Linear)
 
 
-def _weight_with_bias(mixer: Any) -> Tensor:
-    """The weights of q, k and v below each other, their biases as a further column, then zeros."""
-    linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-    n_rows, n_inputs = linears[0].weight.shape
-    joint: Tensor = linears[0].weight.new_zeros(3, n_rows, n_inputs + BIAS_COLUMNS)
-    for place, linear in zip(joint, linears, strict=True):
-        place[:, :n_inputs] = linear.weight
-        place[:, n_inputs] = linear.bias
-    return joint.flatten(0, 1)
+def _sums_of_biases(linears: Iterable[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """What the stream lacks: nothing at first, then the first product's bias, then the sum of the first two, ..."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.stack([x.new_zeros(x.shape[-1]), *biases]).cumsum(0, dtype=dtype).unbind(0)
+
+
+class _JointWeight:
+    """Memory for the weights of q, k and v below each other, their biases as a further column, then zeros."""
+
+    def __init__(self, mixer: H3) -> None:
+        weight = mixer.k_proj.weight
+        n_rows, n_inputs = weight.shape
+        parts = weight.new_zeros(3, n_rows, n_inputs + BIAS_COLUMNS)
+        self._places = [place for part in parts for place in (part[:, :n_inputs], part[:, n_inputs])]
+        self._joint = parts.flatten(0, 1)
+
+    def of(self, mixer: Any) -> Tensor:
+        """Those of one layer after the other, which are all of one size."""
+        linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        torch._foreach_copy_(self._places, [x for linear in linears for x in (linear.weight, linear.bias)])
+        return self._joint

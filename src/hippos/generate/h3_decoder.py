@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from hippos.generate.fused_read import FusedRead, takes_mixer
@@ -208,21 +209,44 @@ class H3Decoder:
         return x
 
     def _read_fused(self, x: Tensor, chunk: Chunk, position_ids: Tensor | None, last: Tensor) -> Tensor:
-        body, stream = self.model.model, FusedRead(x, impl="triton" if x.is_cuda else "reference")
-        for block, layer in zip(body.layers, self.state.layers, strict=True):
+        blocks, is_fused = list(self.model.model.layers), self._mixes_fused
+        stream = FusedRead(x, self._adding, impl="triton" if x.is_cuda else "reference")
+        for block, layer, mixes_fused in zip(blocks, self.state.layers, is_fused, strict=True):
             if isinstance(layer, KeyValues):
                 stream.add(_attend_chunk(block.mixer, stream.normalised(block.norm1), layer, chunk, position_ids))
-            elif isinstance(layer, H3State) and takes_mixer(block.mixer):
+            elif isinstance(layer, H3State) and mixes_fused:
                 before, cu_seqlens = _states_before(layer, chunk), _bounds_of(chunk, x.device)
                 after = stream.add_mixed(block.mixer, block.norm1, state=before, cu_seqlens=cu_seqlens)
                 _put(layer, after, chunk)
             else:
                 stream.add(_mix_chunk(block.mixer, stream.normalised(block.norm1), layer, chunk))
-            if block is body.layers[-1]:
-                x = stream.taken(last)
-                return x + block.mlp(block.norm2(x))
+            if block is blocks[-1]:
+                break
             stream.add_mapped(block.mlp, block.norm2)
-        return stream.taken(last)
+        x = stream.taken(last)
+        return x + block.mlp(block.norm2(x))
+
+    @cached_property
+    def _mixes_fused(self) -> list[bool]:
+        """For each block whether `FusedRead` runs its mixer."""
+        return [takes_mixer(block.mixer) for block in self.model.model.layers]
+
+    @cached_property
+    def _adding(self) -> list[nn.Module]:
+        """The maps whose products `FusedRead` adds."""
+        pairs = zip(self.model.model.layers, self._mixes_fused, strict=True)
+        return [linear for block, mixes in pairs for linear in _adding(block, mixes)]
+
+
+def _adding(block: Any, mixes_fused: bool) -> list[nn.Module]:
+    return [block.mixer.out_proj, block.mlp.fc2] if mixes_fused else [block.mlp.fc2]
+
+
+def forget_operators(model: nn.Module) -> None:
+    """Have the SSM layers make their operators again when they are next asked, as `init_state` of a layer does."""
+    for module in model.modules():
+        if isinstance(module, SSMModule):
+            module.forget()
 
 
 def _attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KeyValues, lengths: Tensor, n_tokens: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,9 +66,11 @@ class GenerationState:
                 shape = (batch, mixer.n_heads, context, mixer.head_dim)
                 layers.append(KeyValues(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))))
             elif isinstance(mixer, H3):
-                shift, diag = mixer.init_state(batch, dtype=dtype)
+                # Not by `init_state`, which would have the layer make its operators again.
+                n_keys, heads = _sizes(mixer)
                 # A decode step overwrites one key of each channel: side by side in memory, those of all channels.
-                slots = shift.new_zeros(shift.shape[2], batch, shift.shape[1]).permute(1, 2, 0)
+                slots = torch.zeros(n_keys, batch, mixer.d_model, device=device, dtype=dtype).permute(1, 2, 0)
+                diag = torch.zeros(batch, *heads, mixer.d_state // 2, 2, device=device, dtype=mixer.diag.D.dtype)
                 layers.append(H3State(slots, diag))
             else:
                 layers.append(mixer.init_state(batch))
@@ -114,13 +117,8 @@ class GenerationState:
 
     def clear(self) -> None:
         """Go back to before the first token, in place; keys and values behind a row's length are never looked at."""
-        for layer in self.layers:
-            if not isinstance(layer, KeyValues):
-                for part in _parts(layer):
-                    part.zero_()
-        self.lengths.zero_()
-        self.seen.zero_()
-        self.ring.zero_()
+        parts = [part for layer in self.layers if not isinstance(layer, KeyValues) for part in _parts(layer)]
+        torch._foreach_zero_([*parts, self.lengths, self.seen, self.ring])
         self.n_tokens = [0] * self.batch
 
     def rows(self, start: int, stop: int) -> GenerationState:
@@ -161,6 +159,9 @@ class GenerationState:
             rows: Where its texts go; None: to the first rows.
         """
         targets = list(range(other.batch)) if rows is None else list(rows)
+        if targets == list(range(self.batch)):
+            self._copy_all(other)
+            return
         index = torch.tensor(targets, dtype=torch.long, device=self.lengths.device)
         longest = max(other.n_tokens)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
@@ -176,8 +177,27 @@ class GenerationState:
         for row, n_tokens in zip(targets, other.n_tokens, strict=True):
             self.n_tokens[row] = n_tokens
 
+    def _copy_all(self, other: GenerationState) -> None:
+        """`copy_from` of as many texts as there are, in few launches."""
+        pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        longest = max(other.n_tokens)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            is_cache = isinstance(mine, KeyValues)
+            for place, source in zip(_parts(mine), _parts(theirs), strict=True):
+                places, sources = pairs.setdefault(place.dtype, ([], []))
+                places.append(place[:, :, :longest] if is_cache else place)
+                sources.append(source[:, :, :longest] if is_cache else source)
+        for places, sources in pairs.values():
+            torch._foreach_copy_(places, sources)
+        for name in ("lengths", "hidden", "seen", "ring"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.n_tokens[:] = other.n_tokens
+
     def settle(self) -> None:
         """Bring the keys of the shift states into their order, oldest first from place 0, in place."""
+        if not any(self.n_tokens):  # nothing to order, nor to wait for the device for
+            self.ring.zero_()
+            return
         n_steps = int(self.ring)
         if n_steps == 0:
             return
@@ -212,6 +232,12 @@ def _parts(layer: LayerState) -> tuple[Tensor, ...]:
     return (layer.keys, layer.values) if isinstance(layer, KeyValues) else tuple(layer)
 
 
+def _sizes(mixer: H3) -> tuple[int, tuple[int, ...]]:
+    """Keys of each channel that an H3 layer's state holds, and the axes of its diagonal states."""
+    heads = (mixer.n_heads,) if mixer.head_dim == 1 else (mixer.n_heads, mixer.head_dim, mixer.head_dim)
+    return 0 if mixer.shift is None else mixer.d_state - 1, heads
+
+
 def n_bytes_of_row(model: Any, *, context: int) -> int:
     """Bytes that the state of one text takes.
 
@@ -226,9 +252,9 @@ def n_bytes_of_row(model: Any, *, context: int) -> int:
         if isinstance(mixer, CachedSelfAttention):
             total += 2 * context * config.hidden_size * width
         elif isinstance(mixer, H3):
-            n_keys = 0 if mixer.shift is None else mixer.d_state - 1
+            n_keys, heads = _sizes(mixer)
             total += config.hidden_size * n_keys * width
-            total += config.hidden_size * mixer.head_dim * mixer.d_state * mixer.diag.D.dtype.itemsize
+            total += math.prod(heads) * mixer.d_state * mixer.diag.D.dtype.itemsize
         elif isinstance(mixer, SSMLayer):
             n_channels, n_modes = mixer._state_sizes
             total += n_channels * n_modes * 2 * next(mixer.ssm.parameters()).dtype.itemsize
