@@ -52,6 +52,45 @@ def test_all_processes_get_the_mean(tmp_path: Path, part_bytes: int) -> None:
     assert [(float(x.mean()), x.shape) for x in third[1:]] == [(10.5, (7,)), (20.5, (2,))]
 
 
+def exchange_inside(part_bytes: int, out: Path) -> None:
+    """Average gradients while the backward passes of two processes make them; the last parameter is not used."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(*shape)) for shape in ((600, 500), (500, 3), (3,), (7,))]
+    unused, inputs = weights[-1], torch.randn(2, 4, 600)
+
+    def passes(inputs: dict[str, Tensor]) -> Tensor:
+        loss = ((inputs["x"] @ weights[0]).tanh() @ weights[1] + weights[2]).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    mean = GradientMean(weights, part_bytes)
+    run = mean.around(passes)
+    found = []
+    for x in (inputs, inputs.flip(2)):
+        for weight in weights:
+            weight.grad = None
+        run({"x": x[rank]})
+        assert unused.grad is None
+        found.append([weight.grad.clone() for weight in weights if weight.grad is not None])
+        for weight in weights:
+            weight.grad = None
+        passes({"x": x[0]})
+        passes({"x": x[1]})
+        found.append([weight.grad / 2 for weight in weights if weight.grad is not None])
+    if rank == 0:
+        torch.save(found, out)
+
+
+@pytest.mark.parametrize("part_bytes", [2**24, 1000], ids=["at once", "in parts"])
+def test_gradients_are_exchanged_inside_of_the_passes(tmp_path: Path, part_bytes: int) -> None:
+    workers.run_workers(2, exchange_inside, part_bytes, tmp_path / "found.pt", log=tmp_path / "log")
+    first, wanted_first, second, wanted_second = torch.load(tmp_path / "found.pt")
+    for found, wanted in ((first, wanted_first), (second, wanted_second)):
+        torch.testing.assert_close(found, wanted)
+
+
 class Passes:
     """Stands for passes from a CUDA graph where there is none: run as they are."""
 

@@ -121,6 +121,7 @@ class RunTrainer(CheckpointingTrainer):
         self._saving_to: Path | None = None
         self._graph: GraphedPasses | None = None
         self._mean: GradientMean | None = None
+        self._has_exchanges_inside = False
         self._reads_late = False
         self._numbers = StepNumbers()
         flow = StepFlow(
@@ -254,7 +255,7 @@ class RunTrainer(CheckpointingTrainer):
                 raise
             raise too_large(self.config, self.args.per_device_train_batch_size, self.args.device, self.run) from error
         self._step_loss = self._step_loss + loss
-        if self._mean is not None and self.accelerator.sync_gradients:
+        if self._mean is not None and not self._has_exchanges_inside and self.accelerator.sync_gradients:
             self._mean()
         return loss
 
@@ -262,12 +263,16 @@ class RunTrainer(CheckpointingTrainer):
         """The passes from their graph, which the first micro batch makes."""
         if self._graph is None:
             accumulates = self.args.gradient_accumulation_steps > 1
+            run: Callable[[dict[str, Tensor]], Tensor] = partial(passes, model)
+            if self._mean is not None and not accumulates:
+                run = self._mean.around(run)
             try:
-                self._graph = GraphedPasses(partial(passes, model), model.parameters(), inputs, accumulates=accumulates)
+                self._graph = GraphedPasses(run, model.parameters(), inputs, accumulates=accumulates)
+                self._has_exchanges_inside = self._mean is not None and not accumulates
             except torch.OutOfMemoryError:
                 if self.config.run.cuda_graph:
                     raise
-                self._uses_graph = False
+                self._uses_graph = self._has_exchanges_inside = False
                 self.progress.note("There is no memory for a CUDA graph of the passes: the host launches them")
         if self._graph is None:
             model.zero_grad()

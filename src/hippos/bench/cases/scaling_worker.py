@@ -94,7 +94,8 @@ class Training:
         self.optimiser = torch.optim.AdamW(groups, fused=True)
         self.ids = self._draw(size.seqlen * (processes.world_size if self.part else 1), size.batch)
         if is_captured:
-            self.graph = GraphedPasses(self._passes, model.parameters(), {"ids": self.ids}, accumulates=False)
+            passes = self._passes if self.mean is None else self.mean.around(self._passes)
+            self.graph = GraphedPasses(passes, model.parameters(), {"ids": self.ids}, accumulates=False)
 
     def _draw(self, seqlen: int, batch: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(1)
@@ -135,7 +136,7 @@ class Training:
             self.graph({"ids": self.ids}, adds=False)
         else:
             self._passes({"ids": self.ids})
-        if self.mean is not None:
+        if self.mean is not None and self.graph is None:
             self.mean()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
