@@ -35,7 +35,7 @@ def draw_maps(generator, d_model, d_ff, count, *, device="cpu", dtype=torch.floa
     )  # fmt: skip
 
 
-def run(mixed, x, maps, *, block_k, w_tiles, x_tiles, coming=None, ahead=(0, 0, 0, 0, 0, 0), sequences=1, ask=None):
+def run(mixed, x, maps, *, block_k, w_tiles, x_tiles, coming=None, ahead=(0,) * 8, sequences=1, ask=None):
     """The kernel's output, or the parts that it leaves behind the last layer; counts for the next are set to zero."""
     (batch, d_model), d_ff, count = x.shape, maps.fc1[0].shape[0], len(maps.weights_in)
     splits = d_ff // d_model
@@ -54,7 +54,8 @@ def run(mixed, x, maps, *, block_k, w_tiles, x_tiles, coming=None, ahead=(0, 0, 
         Descriptor(maps.out[0]), Descriptor(maps.fc1[0]), Descriptor(maps.fc2[0]), *descriptors,
         maps.out[1], maps.fc1[1], maps.fc2[1], bias, d_in, 2 * d_in,
         *maps.norm[:2], *maps.next_norm[:2], EPS, NEXT_EPS, batch,
-        maps.fc1[0], diag, keys, diag.stride(0), keys.stride(0), keys.stride(-1), keys.shape[-1], sequences, *ahead,
+        maps.fc1[0], maps.fc2[0], torch.cat(weights), d_in * d_model, 2 * d_in * d_model,
+        diag, keys, diag.stride(0), keys.stride(0), keys.stride(-1), keys.shape[-1], sequences, *ahead,
         D=d_model, D_FF=d_ff, D_IN=d_in, COUNT=count, SPLITS=splits, BLOCK_N=64, BLOCK_K=block_k,
         W_TILES=w_tiles, X_TILES=x_tiles, MODES=diag.shape[-2], ask=ask or (lambda *_: None),
     )  # fmt: skip
@@ -90,30 +91,29 @@ def test_what_the_cache_is_asked_for(generator, n_texts, sequences, expected):
     mixed, x = (torch.randn(batch, d_model, generator=generator).half() for _ in range(2))
     keys = torch.zeros(8, batch, d_model, dtype=torch.float16).permute(1, 2, 0)
     diag = torch.zeros(batch, d_model, 8, 2)
-    marks = {x.data_ptr(): torch.zeros(x.untyped_storage().nbytes(), dtype=torch.int32) for x in (keys, diag)}
-    marks[maps.fc1[0].data_ptr()] = torch.zeros(maps.fc1[0].nbytes, dtype=torch.int32)
+    asked = {}
 
     def ask(pointers, n_bytes):
-        size = pointers.memory.element_size()
-        for place, n in zip(pointers.at.tolist(), n_bytes.tensor.tolist(), strict=True):
+        memory = pointers.memory
+        times = asked.setdefault((memory.data_ptr(), memory.nbytes), torch.zeros(memory.nbytes, dtype=torch.int32))
+        for place, n in zip((pointers.at * memory.element_size()).tolist(), n_bytes.tensor.tolist(), strict=True):
             assert n % 16 == 0
             if n:
-                assert place * size >= 0
-                assert place * size + n <= pointers.memory.nbytes
-                marks[pointers.memory.data_ptr()][place * size : place * size + n] += 1
+                assert 0 <= place <= place + n <= memory.nbytes
+                times[place : place + n] += 1
 
     run(
         mixed, x, maps, block_k=64, w_tiles=2, x_tiles=2, coming=(keys, diag), sequences=sequences, ask=ask,
-        ahead=(0, 2, n_texts // 3, n_texts // 2, n_texts, 0),
+        ahead=(0, 2, 2, 2, n_texts // 3, n_texts // 2, n_texts, 0),
     )  # fmt: skip
-    of_states = marks[diag.data_ptr()].view(batch, -1)
-    of_keys = marks[keys.data_ptr()].view(8, batch, -1)
+    of_states = asked.pop((diag.data_ptr(), diag.nbytes)).view(batch, -1)
+    of_keys = asked.pop((keys.data_ptr(), keys.nbytes)).view(8, batch, -1)
     for text in range(batch):
         assert bool((of_states[text] == (text in expected)).all())
         assert bool((of_keys[:, text] == (text in expected)).all())
-    of_weights = marks[maps.fc1[0].data_ptr()].view(d_ff, 4, -1)
-    assert bool((of_weights[:, 2:] == 1).all())
-    assert not of_weights[:, :2].any()
+    assert [len(times) for times in asked.values()] == [2 * d_ff * d_model, 2 * d_ff * d_model, 6 * d_model**2]
+    for times in asked.values():  # four tiles of 64 inputs a program, of which two are in shared memory
+        assert bool((times.view(-1, 4, 128) == torch.tensor([0, 0, 1, 1])[:, None]).all())
 
 
 NO_COUNTS = (torch.zeros(N_COUNTS, dtype=torch.int32),) * 2
@@ -167,7 +167,7 @@ def test_refusal(generator):
 @pytest.mark.parametrize(("batch", "count"), [(2, 3), (17, 1), (64, 3), (33, 0)])
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["float16", "bfloat16"])
 def test_on_a_gpu(generator, batch, count, dtype, monkeypatch):
-    monkeypatch.setattr(launch_between, "AHEAD", Ahead(100, 6, 8, 24, 48, 100))
+    monkeypatch.setattr(launch_between, "AHEAD", Ahead(100, 6, 4, 4, 8, 24, 48, 100))
     maps = draw_maps(generator, 2048, 8192, count, device="cuda", dtype=dtype)
     mixed, x = (torch.randn(batch, 2048, generator=generator).to("cuda", dtype) for _ in range(2))
     exact_x = x.double()

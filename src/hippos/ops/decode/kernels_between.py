@@ -171,9 +171,9 @@ def _send_in(
 @gluon.jit
 def _send_weights(
     w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row, ring, full, empty,
-    fc1_ptr, diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-    hold, tiles1, texts2, texts3, texts4, pace,
-    D: gl.constexpr, MODES: gl.constexpr,
+    fc1_ptr, fc2_ptr, in_ptr, diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
+    hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
+    D: gl.constexpr, D_FF: gl.constexpr, MODES: gl.constexpr,
     OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, COUNT: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -191,6 +191,8 @@ def _send_weights(
     for i in range(FC2):
         _send(w_fc2, out_row, fc2_column + i * BLOCK_K, OUT + FC1 + i, ring, full, empty, TILES, BYTES)
         if i == TILES - 1:
+            ahead = fc2_column + TILES * BLOCK_K
+            _ask_for_weights(fc2_ptr + (out_row * D_FF + ahead), tiles2, pace, D_FF, BLOCK_N, BLOCK_K)
             _ask_for_texts(
                 diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
                 0, texts2, pace, D, MODES,
@@ -199,6 +201,7 @@ def _send_weights(
         FEW: gl.constexpr = TILES if TILES < IN else IN
         if which < COUNT:
             _send_in(w_in0, w_in1, w_in2, which, in_row, LAST, 0, FEW, ring, full, empty, COUNT, BLOCK_K, TILES, BYTES)
+            _ask_for_weights(in_ptr + (in_row * D + TILES * BLOCK_K), tiles3, pace, D, BLOCK_N, BLOCK_K)
         else:
             mbarrier.wait(empty.index((LAST - 1) % TILES), ((LAST - 1) // TILES) & 1)
         _ask_for_texts(
@@ -366,15 +369,16 @@ def _work(
 @gluon.jit(
     do_not_specialize=[
         "batch", "b_offset_1", "b_offset_2", "diag_stride", "keys_stride", "slot_stride", "slots", "sequences",
-        "hold", "tiles1", "texts2", "texts3", "texts4", "pace",
+        "w_offset_1", "w_offset_2", "hold", "tiles1", "tiles2", "tiles3", "texts2", "texts3", "texts4", "pace",
     ]
 )  # fmt: skip
 def between_kernel(
     mixed, u, inner, x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
     w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
     norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
-    fc1_ptr, diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, sequences,
-    hold, tiles1, texts2, texts3, texts4, pace,
+    fc1_ptr, fc2_ptr, in_ptr, w_offset_1, w_offset_2,
+    diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, sequences,
+    hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
     D: gl.constexpr, D_FF: gl.constexpr, D_IN: gl.constexpr, COUNT: gl.constexpr, SPLITS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, W_TILES: gl.constexpr, X_TILES: gl.constexpr, MODES: gl.constexpr,
 ):  # fmt: skip
@@ -425,9 +429,10 @@ def between_kernel(
             (_send_weights, (
                 w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row,
                 w_ring, w_full, w_empty,
-                fc1_ptr, diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-                hold, tiles1, texts2, texts3, texts4, pace,
-                D, MODES, OUT, FC1, FC2, IN, COUNT, BLOCK_N, BLOCK_K, W_TILES,
+                fc1_ptr, fc2_ptr, in_ptr + gl.where(which == 0, 0, gl.where(which == 1, w_offset_1, w_offset_2)),
+                diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
+                hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
+                D, D_FF, MODES, OUT, FC1, FC2, IN, COUNT, BLOCK_N, BLOCK_K, W_TILES,
             )),
             (_send_tokens, (
                 mixed, u, inner, out_column, fc2_column, which < COUNT, x_ring, x_full, x_empty, known,

@@ -20,13 +20,15 @@ class Ahead(NamedTuple):
 
     hold: int
     tiles1: int
+    tiles2: int
+    tiles3: int
     texts2: int
     texts3: int
     texts4: int
     pace: int
 
 
-AHEAD = Ahead(0, 0, 0, 0, 0, 0)  # nothing, until it is measured
+AHEAD = Ahead(0, 0, 0, 0, 0, 0, 0, 0)  # nothing, until it is measured
 
 
 def _lies_as_asked_for(keys: Tensor, diag: Tensor) -> bool:
@@ -118,6 +120,9 @@ def between_launch(
             maps.next_norm[2],
             batch,
             maps.fc1[0],
+            maps.fc2[0],
+            weights[0],
+            *_offsets(weights),
             diag,
             keys,
             diag.stride(0),
