@@ -401,6 +401,7 @@ def between_kernel(
     out_column, fc2_column = split * (D // SPLITS), split * (D_FF // SPLITS)
     which = row // D_IN
     in_row = row - which * D_IN
+    w_offset = gl.where(which == 0, 0, gl.where(which == 1, w_offset_1.to(gl.int64), w_offset_2.to(gl.int64)))
     x_ring = gl.allocate_shared_memory(DTYPE, [X_TILES, 64, BLOCK_K], SHARED)
     w_ring = gl.allocate_shared_memory(DTYPE, [W_TILES, BLOCK_N, BLOCK_K], SHARED)
     x_full = gl.allocate_shared_memory(gl.int64, [X_TILES, 1], mbarrier.MBarrierLayout())
@@ -429,7 +430,7 @@ def between_kernel(
             (_send_weights, (
                 w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row,
                 w_ring, w_full, w_empty,
-                fc1_ptr, fc2_ptr, in_ptr + gl.where(which == 0, 0, gl.where(which == 1, w_offset_1, w_offset_2)),
+                fc1_ptr, fc2_ptr, in_ptr + w_offset,
                 diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
                 hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
                 D, D_FF, MODES, OUT, FC1, FC2, IN, COUNT, BLOCK_N, BLOCK_K, W_TILES,
