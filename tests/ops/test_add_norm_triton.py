@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hippos.errors import UnsupportedError
-from hippos.ops.add_norm import add_norm
+from hippos.ops.add_norm import add_norm, add_norm_kept
 from hippos.ops.add_norm.autograd import renorm_op
+from hippos.ops.add_norm.split import joined, split
 
 # numpy 2 warns of a conversion in Triton's own code.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -83,9 +84,78 @@ def test_the_norm_once_more_in_the_interpreter(generator):
 def check_renorm(generator, device, dtype):
     tensors, _ = make(generator, (30, 48), dtype, device)
     values = {name: x.detach() for name, x in tensors.items()}
-    args = (values["stream"], values["update"], values["update_bias"], values["weight"], values["bias"], 1e-5, dtype)
+    args = (
+        values["stream"],
+        values["update"],
+        values["update_bias"],
+        values["weight"],
+        values["bias"],
+        1e-5,
+        dtype,
+        False,
+    )
     total, normed, mean, rstd = torch.ops.hippos.add_norm(*args)
-    assert torch.equal(renorm_op(total, mean, rstd, values["weight"], values["bias"], dtype), normed)
+    assert torch.equal(renorm_op(total, mean, rstd, values["weight"], values["bias"], dtype, False), normed)
+
+
+def run_chain(tensors, splits):
+    """Two sums and norms one after the other; all that is given, and all gradients."""
+    inputs = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    stream, found = inputs["stream"], []
+    for update in ("update", "second"):
+        kept = add_norm_kept(
+            stream, inputs[update], inputs["weight"], inputs["bias"], update_bias=inputs["update_bias"], eps=1e-5,
+            dtype=torch.bfloat16, splits=splits,
+        )  # fmt: skip
+        stream = kept.total
+        found.append(kept.normed)
+        assert torch.equal(kept.forget_normed()(), kept.normed)
+    total = joined(stream.detach()) if splits else stream.detach()
+    douts = [tensors["dtotal"], *(tensors[name].bfloat16() for name in ("dnormed", "second_dnormed"))]
+    douts[0] = split(douts[0]) if splits else douts[0]
+    names = ("stream", "update", "second", "weight", "bias", "update_bias")
+    gradients = torch.autograd.grad((stream, *found), [inputs[name] for name in names], douts)
+    return [total, *(x.detach() for x in found)], dict(zip(names, gradients, strict=True))
+
+
+def check_split(generator, shape, device):
+    tensors, _ = make(generator, shape, torch.bfloat16, device)
+    more = ("second", "dtotal", "dnormed", "second_dnormed")
+    tensors |= {name: torch.randn(shape, generator=generator).to(device) for name in more}
+    tensors["second"] = tensors["second"].bfloat16()
+    values = {name: x.detach() for name, x in tensors.items()}
+    outputs, gradients = run_chain(values, True)
+    wanted, usual = run_chain(values | {"second": values["second"].float()}, False)  # its gradient is not rounded then
+    usual["second"] = split(usual["second"])[0]
+    assert all(map(torch.equal, outputs, wanted))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == usual[name].dtype
+        assert torch.equal(gradient, usual[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 1000, 768)])
+def test_a_split_stream_has_the_same_numbers_on_a_gpu(generator, shape):
+    check_split(generator, shape, "cuda")
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 7, 48)])
+@interpreted
+def test_a_split_stream_has_the_same_numbers_in_the_interpreter(generator, shape):
+    check_split(generator, shape, "cpu")
+
+
+def test_split_numbers_are_whole_again_and_rounded():
+    bits = torch.tensor([0, 1, 0x8000, 0x8001, 0x18000, 0x7FFF, 0x3F80FFFF, 0x7F7F8000, 0x7F800000, -0x7FFF8001])
+    x = torch.cat([bits.to(torch.int32).view(torch.float32), torch.randn(1000)])
+    both = split(x)
+    assert torch.equal(joined(both).view(torch.int32), x.view(torch.int32))
+    is_between = (x.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(both[0][~is_between], x.bfloat16()[~is_between])
+    assert not (both[0].float().abs()[is_between] < x.abs()[is_between]).any()
+    nothing = split(torch.tensor([torch.nan]).view(torch.int32).fill_(0x7FFFFFFF).view(torch.float32))
+    assert nothing[0].isnan().all()
+    assert joined(nothing).isnan().all()
 
 
 @pytest.mark.gpu
@@ -105,7 +175,12 @@ def test_the_norm_once_more_on_a_gpu(generator):
 @pytest.mark.gpu
 def test_the_operator_keeps_its_promises(generator):
     tensors, _ = make(generator, (30, 48), torch.bfloat16, "cuda")
-    args = (*(tensors[name] for name in ("stream", "update", "update_bias", "weight", "bias")), 1e-5, torch.bfloat16)
+    args = (
+        *(tensors[name] for name in ("stream", "update", "update_bias", "weight", "bias")),
+        1e-5,
+        torch.bfloat16,
+        False,
+    )
     torch.library.opcheck(torch.ops.hippos.add_norm, args, test_utils=("test_schema", "test_faketensor"))
     args = (args[0], None, None, *args[3:])
     torch.library.opcheck(torch.ops.hippos.add_norm, args, test_utils=("test_schema", "test_faketensor"))

@@ -23,6 +23,7 @@ from hippos.models.block import H3Block, mix_ssm
 from hippos.models.context import mix_part
 from hippos.models.layout import TokenLayout
 from hippos.ops.add_norm import NormKept, add_norm_kept, takes_kernels
+from hippos.ops.add_norm.split import SPLIT_DTYPE
 from hippos.ops.embed import embed
 from hippos.ops.gelu_mlp import gelu_mlp
 from hippos.ops.precision import product_dtype
@@ -78,6 +79,7 @@ def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: To
     """
     update: Tensor | None = None
     update_bias: Tensor | None = None
+    dtype = stream.dtype
     for block in blocks:
         inputs = (_run_block, stream, update, update_bias, layout)
         if _is_checkpointed(block):
@@ -85,7 +87,7 @@ def run_fused_trunk(blocks: Iterable[Any], norm: Any, stream: Tensor, layout: To
         else:
             stream, update = block.lend(*inputs)
         update_bias = block.mlp.fc2.bias
-    return _add_norm(norm, stream, update, update_bias, stream.dtype).normed
+    return _add_norm(norm, stream, update, update_bias, dtype).normed
 
 
 def _run_block(
@@ -116,7 +118,13 @@ def run_mlp(block: Any, stream: Tensor, update: Tensor, update_bias: Tensor | No
 def _add_norm(
     norm: nn.LayerNorm, stream: Tensor, update: Tensor | None, update_bias: Tensor | None, dtype: torch.dtype
 ) -> NormKept:
-    return add_norm_kept(stream, update, norm.weight, norm.bias, update_bias=update_bias, eps=norm.eps, dtype=dtype)
+    splits = False
+    if update is not None:
+        is_wide = stream.dtype == torch.float32 or stream.dim() > update.dim()
+        splits = is_wide and update.dtype == SPLIT_DTYPE
+    return add_norm_kept(
+        stream, update, norm.weight, norm.bias, update_bias=update_bias, eps=norm.eps, dtype=dtype, splits=splits
+    )
 
 
 def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hippos.errors import UnsupportedError
 from hippos.ops.add_norm.autograd import add_norm_op, renorm_op
 from hippos.ops.add_norm.reference import add_norm_reference
+from hippos.ops.add_norm.split import is_split
 from hippos.ops.arguments import Impl, check_impl
 from hippos.ops.kernel_device import why_not_device
 
@@ -71,7 +72,7 @@ def add_norm(
     if impl in ("reference", "torch") or reason is not None:
         return add_norm_reference(stream, update, weight, bias, update_bias, eps, dtype)
     vectors = [None if x is None else x.contiguous() for x in (update_bias, weight, bias)]
-    total, normed, _, _ = add_norm_op(stream.contiguous(), update, *vectors, eps, dtype)
+    total, normed, _, _ = add_norm_op(stream.contiguous(), update, *vectors, eps, dtype, False)
     return stream if update is None else total, normed
 
 
@@ -79,7 +80,7 @@ class NormKept(NamedTuple):
     """What `add_norm` gives, and what its norm can be made from once more.
 
     Attributes:
-        total: The sum.
+        total: The sum; it may be split, see `hippos.ops.add_norm.split`.
         normed: Its norm.
         mean: Mean of each row, float32.
         rstd: Inverse deviation of each row, float32.
@@ -97,7 +98,8 @@ class NormKept(NamedTuple):
     def forget_normed(self) -> Callable[[], Tensor]:
         """Give a function that makes the norm once more, bit for bit; it keeps all but the norm alive."""
         dtype, kept = self.normed.dtype, [x.detach() for x in self if x is not self.normed]
-        return lambda: renorm_op(*kept, dtype)
+        splits = is_split(self.total, self.normed)
+        return lambda: renorm_op(*kept, dtype, splits)
 
 
 def takes_kernels(stream: Tensor) -> bool:
@@ -114,9 +116,15 @@ def add_norm_kept(
     update_bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    splits: bool = False,
 ) -> NormKept:
-    """`add_norm` by its kernels, of contiguous tensors, unchecked."""
-    total, normed, mean, rstd = add_norm_op(stream, update, update_bias, weight, bias, eps, dtype)
+    """`add_norm` by its kernels, of contiguous tensors, unchecked.
+
+    With ``splits``, of an update, the sum is split: a third fewer bytes for the gradient of the stream, which is that
+    of the update as well. A split stream, of one axis more than the update, is taken as it is. Neither it nor its
+    gradient are numbers to add: it must go to one `add_norm_kept` only.
+    """
+    total, normed, mean, rstd = add_norm_op(stream, update, update_bias, weight, bias, eps, dtype, splits)
     return NormKept(stream if update is None else total, normed, mean, rstd, weight, bias)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
+from hippos.ops.add_norm.split import is_split, sum_form
 
 
 @torch.library.custom_op("hippos::add_norm", mutates_args=())
@@ -19,14 +20,20 @@ def add_norm_op(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype,
+    splits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum (empty without an update), norm, means and inverse deviations of the rows (T,)."""
+    """Sum (empty without an update), norm, means and inverse deviations of the rows (T,).
+
+    A stream of one axis more than the update is split, and so will the sum be with ``splits``.
+    """
     from hippos.ops.add_norm.launch import add_norm_fwd
 
-    rows = stream.view(-1, stream.shape[-1])
-    added = None if update is None else update.reshape(rows.shape).contiguous()
-    total, normed, mean, rstd = add_norm_fwd(rows, added, update_bias, weight, bias, eps, dtype)
-    return total if update is None else total.view(stream.shape), normed.view(stream.shape), mean, rstd
+    shape = stream.shape if update is None else update.shape
+    added = None if update is None else _rows(update)
+    total, normed, mean, rstd = add_norm_fwd(
+        _rows(stream, stream.dim() > len(shape)), added, update_bias, weight, bias, eps, dtype, splits
+    )
+    return total if update is None else total.view(*total.shape[:-2], *shape), normed.view(shape), mean, rstd
 
 
 @add_norm_op.register_fake
@@ -38,11 +45,16 @@ def _shapes(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype,
+    splits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_rows = stream.numel() // stream.shape[-1]
-    total = stream.new_empty(0) if update is None else torch.empty_like(stream)
-    mean, rstd = (stream.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
-    return total, torch.empty_like(stream, dtype=dtype), mean, rstd
+    shape = stream.shape if update is None else update.shape
+    total = stream.new_empty(0)
+    if update is not None:
+        form, kind = sum_form(shape, torch.float32 if stream.dim() > len(shape) else stream.dtype, splits)
+        total = stream.new_empty(form, dtype=kind)
+    normed = stream.new_empty(shape, dtype=dtype)
+    mean, rstd = (stream.new_empty(normed.numel() // shape[-1], dtype=torch.float32) for _ in range(2))
+    return total, normed, mean, rstd
 
 
 @torch.library.custom_op("hippos::add_norm_backward", mutates_args=())
@@ -53,15 +65,22 @@ def add_norm_backward_op(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
+    splits: bool,
+    stream_dtype: torch.dtype | None,
     update_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of stream, update (empty if the same) and, (3, D), of the norm's weight and bias and the update's."""
+    """Gradients of stream, update (empty if that holds it) and, (3, D), of the norm's weight and bias and the update's.
+
+    ``splits``: of the sum and its gradient. No dtype of the stream says that it was split.
+    """
     from hippos.ops.add_norm.launch import add_norm_bwd
 
-    rows = total.view(-1, total.shape[-1])
-    dsum, dnormed = (None if x is None else x.reshape(rows.shape).contiguous() for x in (dsum, dnormed))
-    dstream, dupdate, sums = add_norm_bwd(dsum, dnormed, rows, mean, rstd, weight, update_dtype)
-    return dstream.view(total.shape), dupdate.view(total.shape) if dupdate.numel() else dupdate, sums
+    shape = total.shape[1:] if splits else total.shape
+    dsum, dnormed = None if dsum is None else _rows(dsum, splits), None if dnormed is None else _rows(dnormed)
+    dstream, dupdate, sums = add_norm_bwd(
+        dsum, dnormed, _rows(total, splits), mean, rstd, weight, stream_dtype, update_dtype
+    )
+    return dstream.view(*dstream.shape[:-2], *shape), dupdate.view(shape) if dupdate.numel() else dupdate, sums
 
 
 @add_norm_backward_op.register_fake
@@ -72,54 +91,68 @@ def _backward_shapes(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
+    splits: bool,
+    stream_dtype: torch.dtype | None,
     update_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dupdate = total.new_empty(total.shape if update_dtype != total.dtype else (0,), dtype=update_dtype)
-    return torch.empty_like(total), dupdate, total.new_empty(3, total.shape[-1], dtype=torch.float32)
+    shape = total.shape[1:] if splits else total.shape
+    form, kind = sum_form(shape, stream_dtype or torch.float32, stream_dtype is None)
+    dupdate = total.new_empty(shape if update_dtype != kind else (0,), dtype=update_dtype)
+    return total.new_empty(form, dtype=kind), dupdate, total.new_empty(3, total.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("hippos::renorm", mutates_args=())
-def renorm_op(total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def renorm_op(
+    total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, is_split: bool
+) -> Tensor:
     """The norm's output once more."""
     from hippos.ops.add_norm.launch import renorm
 
-    return renorm(total.view(-1, total.shape[-1]), mean, rstd, weight, bias, dtype).view(total.shape)
+    rows = renorm(_rows(total, is_split), mean, rstd, weight, bias, dtype)
+    return rows.view(total.shape[1:] if is_split else total.shape)
 
 
 @renorm_op.register_fake
 def _renorm_shapes(
-    total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, is_split: bool
 ) -> Tensor:
-    return torch.empty_like(total, dtype=dtype)
+    return total.new_empty(total.shape[1:] if is_split else total.shape, dtype=dtype)
+
+
+def _rows(x: Tensor, is_split: bool = False) -> Tensor:
+    """Shape (T, D), or (2, T, D); contiguous."""
+    return x.reshape(*x.shape[:1] if is_split else (), -1, x.shape[-1]).contiguous()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    stream, update, update_bias, weight, bias, _, _ = inputs
-    total, _, mean, rstd = output
+    stream, update, update_bias, weight, bias, _, _, splits = inputs
+    total, normed, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(stream if update is None else total, mean, rstd, weight)
-    ctx.update_dtype = stream.dtype if update is None else update.dtype
+    stream_dtype = None if is_split(stream, normed) else stream.dtype
+    ctx.forms = splits, stream_dtype, stream.dtype if update is None else update.dtype
     ctx.bias_dtypes = (None if update_bias is None else update_bias.dtype, bias.dtype)
 
 
 def _backward(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dsum is None and dnormed is None:
-        return (None,) * 7
+        return (None,) * 8
     if torch.is_grad_enabled():  # only then would this pass be recorded, and what was saved taken for constants
         raise UnsupportedError("add_norm cannot be differentiated twice (create_graph=True)")
     total, mean, rstd, weight = ctx.saved_tensors
-    dstream, dupdate, sums = add_norm_backward_op(dsum, dnormed, total, mean, rstd, weight, ctx.update_dtype)
+    dstream, dupdate, sums = add_norm_backward_op(dsum, dnormed, total, mean, rstd, weight, *ctx.forms)
     needs_stream, needs_update, needs_update_bias, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     update_bias_dtype, bias_dtype = ctx.bias_dtypes
     if needs_update and not dupdate.numel():
-        dupdate = dstream
+        dupdate = dstream[0] if ctx.forms[1] is None else dstream
     return (
         dstream if needs_stream else None,
         dupdate if needs_update else None,
         sums[2].to(update_bias_dtype) if needs_update_bias else None,
         sums[0].to(weight.dtype) if needs_weight else None,
         sums[1].to(bias_dtype) if needs_bias else None,
+        None,
         None,
         None,
     )

@@ -2,6 +2,10 @@
 
 Rows are taken from the last to the first: the product in front has written the last ones last, and they are still in
 the cache; the product behind begins with the first ones.
+
+A split tensor holds float32 numbers as two planes of 16 bits, (2, rows, D): the nearest bfloat16 numbers (of two that
+are equally near, that of larger magnitude), and the lower halves of the bits. A product reads the first, and both make
+up the number exactly.
 """
 
 import triton
@@ -9,24 +13,47 @@ import triton.language as tl
 
 
 @triton.jit
+def load_numbers(ptr, offs, plane, inside, IS_SPLIT: tl.constexpr):
+    """Numbers in float32; of a split tensor, whose planes have ``plane`` numbers, as int16."""
+    if IS_SPLIT:
+        upper = tl.load(ptr + offs, mask=inside, other=0).to(tl.int32)
+        lower = tl.load(ptr + plane + offs, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        return (((upper - (lower >> 15)) << 16) | lower).to(tl.float32, bitcast=True)
+    else:  # noqa: RET505  (Triton types the returns of a function together unless an else keeps them apart)
+        return tl.load(ptr + offs, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_numbers(ptr, x, offs, plane, inside, IS_SPLIT: tl.constexpr):
+    """Undo `load_numbers`."""
+    if IS_SPLIT:
+        bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)  # a NaN of which rounding makes none less
+        tl.store(ptr + offs, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)
+        tl.store(ptr + plane + offs, bits.to(tl.int16), mask=inside)
+    else:
+        tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def add_norm_kernel(
     stream_ptr, update_ptr, update_bias_ptr, weight_ptr, bias_ptr,
     sum_ptr, normed_ptr, mean_ptr, rstd_ptr,
-    n_rows, d_model, eps,
-    HAS_UPDATE: tl.constexpr, HAS_UPDATE_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_rows, d_model, plane, eps,
+    HAS_UPDATE: tl.constexpr, HAS_UPDATE_BIAS: tl.constexpr, IS_SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: the sum of stream, update and the update's bias, written, and its norm."""
+    """ROWS rows: the sum of stream (IS_SPLIT), update and the update's bias, written (SPLITS), and its norm."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     is_column = column < d_model
     inside = (row < n_rows)[:, None] & is_column[None, :]
     offs = row.to(tl.int64)[:, None] * d_model + column[None, :]
-    x = tl.load(stream_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    x = load_numbers(stream_ptr, offs, plane, inside, IS_SPLIT)
     if HAS_UPDATE:
         x += tl.load(update_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         if HAS_UPDATE_BIAS:
             x += tl.load(update_bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        tl.store(sum_ptr + offs, x.to(sum_ptr.dtype.element_ty), mask=inside)
+        store_numbers(sum_ptr, x, offs, plane, inside, SPLITS)
     mean = tl.sum(x, axis=1) / d_model
     centred = tl.where(is_column[None, :], x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / d_model + eps)
@@ -40,8 +67,8 @@ def add_norm_kernel(
 
 @triton.jit
 def renorm_kernel(
-    sum_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, normed_ptr, n_rows, d_model,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    sum_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, normed_ptr, n_rows, d_model, plane,
+    IS_SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a norm once more, from the sum and what was kept of its rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -49,7 +76,7 @@ def renorm_kernel(
     is_column = column < d_model
     inside = (row < n_rows)[:, None] & is_column[None, :]
     offs = row.to(tl.int64)[:, None] * d_model + column[None, :]
-    x = tl.load(sum_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    x = load_numbers(sum_ptr, offs, plane, inside, IS_SPLIT)
     mean = tl.load(mean_ptr + row, mask=row < n_rows, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
     weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
@@ -62,13 +89,14 @@ def renorm_kernel(
 def add_norm_bwd_kernel(
     dsum_ptr, dnormed_ptr, sum_ptr, mean_ptr, rstd_ptr, weight_ptr,
     dstream_ptr, dupdate_ptr, partial_ptr,
-    n_rows, d_model, n_programs,
+    n_rows, d_model, plane, n_programs,
     HAS_DSUM: tl.constexpr, HAS_DNORMED: tl.constexpr, WRITES_UPDATE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Every ``n_programs``-th piece of ROWS rows: gradient of the sum, and this program's share of three column sums.
 
-    The shares are those of the norm's weight and bias and of the update's bias, (3, n_programs, D) in memory.
+    The shares are those of the norm's weight and bias and of the update's bias, (3, n_programs, D) in memory. The sum
+    and its gradient are split if SPLITS says so, the gradient of the stream if IS_SPLIT does.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
@@ -84,9 +112,9 @@ def add_norm_bwd_kernel(
         offs = row.to(tl.int64)[:, None] * d_model + column[None, :]
         dx = tl.zeros([ROWS, BLOCK_D], tl.float32)
         if HAS_DSUM:
-            dx += tl.load(dsum_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            dx += load_numbers(dsum_ptr, offs, plane, inside, SPLITS)
         if HAS_DNORMED:
-            x = tl.load(sum_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            x = load_numbers(sum_ptr, offs, plane, inside, SPLITS)
             dy = tl.load(dnormed_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             mean = tl.load(mean_ptr + row, mask=row < n_rows, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
@@ -98,7 +126,7 @@ def add_norm_bwd_kernel(
             dweight += tl.sum(dy * normal, axis=0)
             dbias += tl.sum(dy, axis=0)
         dupdate_bias += tl.sum(tl.where(inside, dx, 0.0), axis=0)
-        tl.store(dstream_ptr + offs, dx.to(dstream_ptr.dtype.element_ty), mask=inside)
+        store_numbers(dstream_ptr, dx, offs, plane, inside, IS_SPLIT)
         if WRITES_UPDATE:
             tl.store(dupdate_ptr + offs, dx.to(dupdate_ptr.dtype.element_ty), mask=inside)
     share_ptr = partial_ptr + program * d_model + column
