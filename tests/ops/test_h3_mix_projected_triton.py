@@ -8,7 +8,9 @@ from torch.library import opcheck
 
 from hippos.layers import H3
 from hippos.ops import h3_mix
+from hippos.ops.h3_mix import projected
 from hippos.ops.h3_mix.projected import h3_projected, h3_projected_op
+from hippos.ops.h3_mix.schedule import leaves_bias
 from hippos.ops.h3_mix.stacked import Projections, stack_projections
 from hippos.ops.precision import product_in
 from tests.ops.ssm_cases import Draw, leaves, relative_error
@@ -152,6 +154,24 @@ class TestGpu:
             limit = 2.5 * relative_error(other, want) if dtype == torch.bfloat16 else 2e-5
             assert relative_error(got, want) < limit
             assert torch.equal(got, same)
+
+    @pytest.mark.parametrize(("batch", "seqlen"), [(32, 128), (8, 1024), (3, 2048), (2, 4096)])
+    def test_biases_added_and_summed_by_the_mixing(self, monkeypatch, batch, seqlen):
+        inputs, dout = make_inputs(batch, 256, seqlen, 64, 32, torch.bfloat16, has_last=False)
+        inputs, dout = [None if x is None else x.cuda() for x in inputs], dout.cuda()
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert leaves_bias(torch.bfloat16, batch, 256, seqlen, 64, 32, dout.device)
+        found, again = (gradients_of(in_one, inputs, dout) for _ in range(2))
+        monkeypatch.setattr(projected, "leaves_bias", lambda *_: False)
+        usual = gradients_of(in_one, inputs, dout)
+        wanted = gradients_of(one_by_one, inputs, dout, torch.float64)
+        names = ["tokens", "u", *"qkvo", "q bias", "k bias", "v bias", "filter", "skip", "log_a", "b", "c", "d"]
+        for name, got, other, want, same in zip(names, found, usual, wanted, again, strict=True):
+            assert relative_error(got, want) < 1.2 * relative_error(other, want) + 1e-6, name
+            assert torch.equal(got, same), name
+        tensors = leaves(*inputs)
+        tensors[1:8] = [x if x is None else x.detach() for x in tensors[1:8]]
+        assert torch.equal(torch.autograd.grad(in_one(*tensors), tensors[0], dout)[0], found[1])
 
     def test_products_leave_the_accumulators_unrounded(self):
         left, right = (Draw(dtype=torch.bfloat16).normal(64, 64).cuda() for _ in range(2))

@@ -165,9 +165,21 @@ def test_backward_with_the_gradient_of_what_follows(batch, seqlen, run, ends):
     check_backward(batch, seqlen, run, 1, MODES, (), ends, dstate)
 
 
-def check_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends, dstate=None):
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "run", "ends"), [(16, 512, 4, True), (3, 1024, 16, True), (32, 256, 4, False)]
+)
+def test_backward_with_biases_to_be_added(batch, seqlen, run, ends):
+    check_backward(batch, seqlen, run, 1, MODES, (), ends, has_bias=True)
+
+
+def check_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends, dstate=None, has_bias=False):
     inputs, dout = make_inputs(batch, 1, seqlen, torch.bfloat16, n_modes)
     inputs = without(inputs, absent)
+    biases, lacking = [torch.empty(1)] * 4, inputs
+    if has_bias:
+        added = [torch.tensor([0.5]), torch.tensor([-1.0])]
+        whole = [(x.float() + bias).bfloat16() for x, bias in zip((inputs.u, inputs.out_gate), added, strict=True)]
+        inputs = inputs._replace(u=whole[0], out_gate=whole[1])
     taps, into, outof, decay = operators(*(padded(x).double() for x in inputs[1:4]), inputs.d.double())
     n_saved, length, n_groups = -(-seqlen // 256), seqlen // n_pieces, -(-batch * n_pieces * run // 64)
     splits = 1 if n_groups == 1 or ends else 2
@@ -182,17 +194,23 @@ def check_backward(batch, seqlen, run, n_pieces, n_modes, absent, ends, dstate=N
     shapes = ((CHUNK, CHUNK), (CHUNK, MODES, 2), (CHUNK, MODES, 2), (MODES, 2))
     partial = [torch.empty(splits, *shape) for shape in shapes]
     parameters = [torch.full_like(x, torch.nan) for x in inputs[1:5]]
-    signals = (*or_u(inputs), dout)
+    if has_bias:
+        biases = [*added, *(torch.full((splits,), torch.nan) for _ in range(2))]
+    signals = (*or_u(lacking), dout)
     halved = [x.bfloat16().contiguous() for x in (taps, into, outof)]
     run_program(
         FOLDER, (*MODULES, *BACKWARD), "ssm_conv_bwd_hopper_kernel", splits,
         *signals, *gradients, *halved, decay.float().contiguous(), *inputs[1:5], saved, later, *partial, *parameters,
-        *strides(*signals), 1, n_modes, batch, seqlen, n_pieces, length, -(-length // (64 * run)), n_groups,
+        *biases, *strides(*signals), 1, n_modes, batch, seqlen, n_pieces, length, -(-length // (64 * run)), n_groups,
         -(-n_groups // splits), n_saved, batch * n_pieces if n_pieces > 1 or dstate is not None else 0,
         RUN=run, IS_CUT=n_pieces > 1, IS_FULL=batch * n_pieces * run % 64 == 0 and length % (64 * run) == 0,
-        MAKES=ends, ENDS=ends, HAS_D=True, HAS_IN="in_gate" not in absent, HAS_OUT="out_gate" not in absent, n_warps=8,
+        MAKES=ends, ENDS=ends, HAS_D=True, HAS_IN="in_gate" not in absent, HAS_OUT="out_gate" not in absent,
+        HAS_BIAS=has_bias, n_warps=8,
     )  # fmt: skip
     leaves = exact(inputs)
+    if has_bias:
+        for gradient, sums in zip(gradients[::2], biases[2:], strict=True):
+            assert relative_error(sums.sum(), gradient.double().sum()) < 1e-5
     u, log_a, b, c, d, in_gate, out_gate, _ = leaves
     gradients = [gradient for gradient, x in zip(gradients, (u, in_gate, out_gate), strict=True) if x is not None]
     present = [x for x in (u, in_gate, out_gate) if x is not None] + [log_a, b, c, d]
@@ -224,8 +242,9 @@ def test_a_mode_that_forgets_at_once_has_gradients():
     saved, unused = torch.zeros(1, 1, 1, MODES, 2, dtype=torch.bfloat16), [torch.empty(1)] * 4
     run_program(
         FOLDER, (*MODULES, *BACKWARD), "ssm_conv_bwd_hopper_kernel", 1,
-        *signals, *gradients, *unused, *inputs[1:5], saved, torch.empty(1), *unused, *parameters, *strides(*signals),
-        1, MODES, 1, 64, 1, 64, 1, 1, 1, 1, 0,
-        RUN=4, IS_CUT=False, IS_FULL=False, MAKES=True, ENDS=True, HAS_D=True, HAS_IN=True, HAS_OUT=True, n_warps=8,
+        *signals, *gradients, *unused, *inputs[1:5], saved, torch.empty(1), *unused, *parameters, *unused,
+        *strides(*signals), 1, MODES, 1, 64, 1, 64, 1, 1, 1, 1, 0,
+        RUN=4, IS_CUT=False, IS_FULL=False, MAKES=True, ENDS=True, HAS_D=True, HAS_IN=True, HAS_OUT=True,
+        HAS_BIAS=False, n_warps=8,
     )  # fmt: skip
     assert all(bool(torch.isfinite(x).all()) for x in (*gradients, *parameters))

@@ -59,15 +59,17 @@ def shift_conv_kernel(
 
 @triton.jit
 def shift_conv_bwd_kernel(
-    k_ptr, dkey_ptr, dk_ptr, filter_ptr, skip_ptr, dshift_ptr, bias_ptr,
+    k_ptr, dkey_ptr, dk_ptr, filter_ptr, skip_ptr, dshift_ptr, bias_ptr, dbias_ptr,
     k_stride_b, k_stride_c, dkey_stride_b, dkey_stride_c, dk_stride_b, dk_stride_c,
     seqlen, n_taps, n_total, n_tiles, n_groups, n_items,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS_BIAS: tl.constexpr, IS_FULL: tl.constexpr,
+    IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of k from that of its shifted keys, and the sum over samples of that of the shift operator.
 
     ``dshift`` is (programs, CHUNK, WINDOW), [j, i] for sample j and output i of a window that begins with the chunk.
+    With SUMS_BIAS the sum of k's gradient is written, too, (programs,).
     """
     splits = tl.cdiv(n_groups * n_tiles, n_items)
     program = tl.program_id(0).to(tl.int64)
@@ -83,6 +85,7 @@ def shift_conv_bwd_kernel(
     dk_ptr += channel.to(tl.int64) * dk_stride_c
     bias = load_bias(bias_ptr, channel, HAS_BIAS)
     dshift = tl.zeros((CHUNK, WINDOW), tl.float32)
+    dbias = tl.zeros((ROWS,), tl.float32)
     for item in tl.range(first, last):
         group, tile = item // n_tiles, item % n_tiles
         sequence, delta, start, is_row = locate_rows(group, tile, n_total, 1, seqlen, CHUNK, ROWS, TILE, PIECES)
@@ -95,8 +98,12 @@ def shift_conv_bwd_kernel(
         dk = tl.dot(dkeys, shift, input_precision=PRECISION)
         if is_half:
             dk *= two_to(-exponent)
+        if SUMS_BIAS:  # past the end of a sequence the gradients are zero
+            dbias += tl.sum(dk, axis=1)
         store_chunks(dk_ptr, dk, sequence, delta, dk_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         dshift = tl.dot(tl.trans(k), dkeys, dshift, input_precision=PRECISION)
+    if SUMS_BIAS:
+        tl.store(dbias_ptr + program, tl.sum(dbias, axis=0))
     at = dshift_ptr + program * (CHUNK * WINDOW) + cols[:, None] * WINDOW + ahead[None, :]
     tl.store(at, dshift)
 

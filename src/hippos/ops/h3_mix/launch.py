@@ -12,6 +12,7 @@ from hippos.ops.h3_mix.kernels_forward import h3_mix_fwd_kernel
 from hippos.ops.h3_mix.launch_rows import h3_mix_rows_bwd, h3_mix_rows_fwd, shift_rows, shift_rows_bwd
 from hippos.ops.h3_mix.layout import MixGradients, MixInputs, drop_padding, pad_modes
 from hippos.ops.h3_mix.schedule import mix_pieces, mix_schedule, place_mix, place_shift, shift_planes, window_len
+from hippos.ops.ssm_conv.biases import Biases
 from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.launch import ssm_conv_bwd
 from hippos.ops.ssm_conv.launch_operators import make_chunk_operators
@@ -111,6 +112,7 @@ def h3_mix_bwd(
     saved: Tensor,
     *,
     joint: Tensor | None = None,
+    dbias: Tensor | None = None,
 ) -> MixGradients:
     """Run the backward kernels.
 
@@ -118,13 +120,14 @@ def h3_mix_bwd(
     `ssm_conv`, whose gradient for that gate goes through the adjoint of the shift SSM.
 
     Args:
-        inputs: As in `h3_mix_fwd`; q and v with the bias, k without.
+        inputs: As in `h3_mix_fwd`; q and v with the bias, k without; all without it if there is ``dbias``.
         cu_seqlens: As in `h3_mix_fwd`.
         dout: Gradient of y, shape (B, D, L), last stride 1, without gaps in memory.
         dstate: Gradient of the state after the last whole chunk of the forward pass, shape (B or n_docs, D, M, 2), or
             None.
         saved: States from `h3_mix_fwd`.
         joint: Memory for the gradients of q, k and v, shape (3, B, D, L), each laid out like ``dout``; or None.
+        dbias: Memory for the gradient of the bias, (3, D), float32, which q and v then lack as k does; or None.
 
     Returns:
         The gradients; those of signals laid out like ``dout``.
@@ -134,9 +137,14 @@ def h3_mix_bwd(
         return h3_mix_rows_bwd(inputs, cu_seqlens, dout, dstate, saved, joint=joint)
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
     key = _shift_keys(inputs, dk)
-    diag = Inputs(v, log_a, b, c, d, key, q, initial_state)
-    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(diag, None, dout, dstate, saved, du=dv, dout_gate=dq)
-    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key)  # in the place of the shifted keys
+    diag, biases = Inputs(v, log_a, b, c, d, key, q, initial_state), None
+    if dbias is not None and inputs.bias is not None:
+        biases = Biases(u=inputs.bias[2], out_gate=inputs.bias[0], du=dbias[2], dout_gate=dbias[0])
+    _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(
+        diag, None, dout, dstate, saved, du=dv, dout_gate=dq, biases=biases
+    )
+    # In the place of the shifted keys:
+    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key, dbias=None if dbias is None else dbias[1])
     dpast = torch.empty(0, device=q.device)
     if past is not None:
         dpast, more, more_skip = past_keys_adjoint(dkey, past, inputs.shift_filter, inputs.shift_d, None)
@@ -175,9 +183,12 @@ def _shift_keys(inputs: MixInputs, key: Tensor, cu_seqlens: Tensor | None = None
 
 
 def _shift_keys_bwd(
-    inputs: MixInputs, dkey: Tensor, dk: Tensor, cu_seqlens: Tensor | None = None
+    inputs: MixInputs, dkey: Tensor, dk: Tensor, cu_seqlens: Tensor | None = None, dbias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; past keys left out."""
+    """Gradients of the keys, written into ``dk``, of the shift filter and of its skip weight; past keys left out.
+
+    The sum of the first goes into ``dbias``, (D,).
+    """
     k, shift_filter = inputs.k, inputs.shift_filter
     (batch, d_model, seqlen), n_taps = k.shape, shift_filter.shape[1]
     if cu_seqlens is not None:
@@ -187,16 +198,19 @@ def _shift_keys_bwd(
     schedule, pieces, at, n_items, parts = place_shift(k.dtype, *k.shape, k.device)
     chunk, window = schedule.chunk, window_len(schedule.chunk, n_taps)
     dshift = torch.empty(d_model * parts, chunk, window, device=k.device)
+    shares = torch.empty(d_model * parts, device=k.device) if dbias is None or parts > 1 else dbias
     if batch > 0:
         shift_conv_bwd_kernel[(d_model * parts,)](
-            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_key_bias(inputs),
+            k, dkey, dk, shift_filter, inputs.shift_d, dshift, *_key_bias(inputs), shares,
             *k.stride()[:2], *dkey.stride()[:2], *dk.stride()[:2],
             seqlen, n_taps, pieces.total, at.n_tiles, at.n_groups, n_items,
             CHUNK=chunk, WINDOW=window, ROWS=schedule.rows, TILE=at.steps * at.segments, PIECES=at.pieces,
-            PRECISION=schedule.precision, HAS_BIAS=inputs.bias is not None,
+            PRECISION=schedule.precision, HAS_BIAS=inputs.bias is not None, SUMS_BIAS=dbias is not None,
             IS_FULL=is_full(pieces, at, seqlen),
             IS_WIDE=is_wide(at, seqlen, k.stride(0), dkey.stride(0), dk.stride(0)), num_warps=4,
         )  # fmt: skip
+        if dbias is not None and parts > 1:
+            torch.sum(shares.view(d_model, parts), 1, out=dbias)
     shift_filter_bwd_kernel[(d_model,)](
         dshift, dfilter, dskip, n_taps, parts,
         CHUNK=chunk, WINDOW=window, TAPS=next_power_of_two(n_taps), num_warps=8,

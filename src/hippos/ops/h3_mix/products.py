@@ -48,18 +48,20 @@ def project_back_gradient(dtokens: Tensor, weights: Tensor, biases: Tensor) -> t
     return dout, dbias
 
 
-def project_gradient(u: Tensor, dproduct: Tensor, weights: Tensor, dbias: Tensor, wants_tokens: bool = True) -> Tensor:
+def project_gradient(
+    u: Tensor, dproduct: Tensor, weights: Tensor, dbias: Tensor | None, wants_tokens: bool = True
+) -> Tensor:
     """Gradient of the tokens that `project` took, or empty; those of the biases of q, k, v are summed into ``dbias``.
 
     Args:
         u: Shape (B, L, D).
         dproduct: Gradients of q, k and v, shape (3, D, B, L), contiguous.
         weights: As in `Stacked`.
-        dbias: Of `project_back_gradient`.
+        dbias: Of `project_back_gradient`; None if the mixing has summed them.
         wants_tokens: Whether the first is wanted.
     """
     rows, first = dproduct.view(-1, u.shape[0] * u.shape[1]), 3 * len(weights) // 4
-    if len(dbias):
+    if dbias is not None and len(dbias):
         row_sums(rows, dbias[:first])
     return (rows.t() @ weights[:first]).view(u.shape) if wants_tokens else none(u)
 

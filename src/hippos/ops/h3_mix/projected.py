@@ -25,7 +25,7 @@ from hippos.ops.h3_mix.products import (
     projection_gradients,
     weight_gradients,
 )
-from hippos.ops.h3_mix.schedule import folds_bias
+from hippos.ops.h3_mix.schedule import folds_bias, leaves_bias
 from hippos.ops.h3_mix.stacked import Projections, allocate_stacked, stack_projections
 from hippos.ops.kernel_device import is_interpreted
 from hippos.ops.ssm_conv.kernel_fallback import none
@@ -101,8 +101,8 @@ def h3_projected_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, then what the backward pass needs (or empty).
 
-    That is what `project` gives, q and v with their biases in any case; what the last projection reads; states; the
-    stacked weights and biases.
+    That is what `project` gives, q and v with their biases unless `leaves_bias`; what the last projection reads;
+    states; the stacked weights and biases.
     """
     projections = Projections(q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias)
     stacked = stack_projections(projections, u.dtype)
@@ -121,7 +121,7 @@ def h3_projected_op(
         from hippos.ops.h3_mix.launch import h3_mix_fwd
 
         tensors = MixInputs(*laid_out((q, k, v, *layer, None, None)))._replace(bias=bias)
-        writes_back = saves and bias is not None
+        writes_back = saves and bias is not None and not leaves_bias(*_sizes(u, d_model, shift_filter, log_a))
         y, _, states = h3_mix_fwd(tensors, cu_seqlens, wants_state=False, saves_states=saves, writes_back=writes_back)
     tokens = project_back(y, stacked)
     if not saves:
@@ -189,10 +189,12 @@ def h3_projected_backward_op(
     dout, dbias = project_back_gradient(dtokens, weights, biases if wants_weights else biases[:0])
     dproduct = u.new_empty(3, d_model, batch, seqlen)
     joint, layer = dproduct.transpose(1, 2), (shift_filter, shift_d, log_a, b, c, d)
-    folds = cu_seqlens is None and folds_bias(
-        u.dtype, batch, d_model, seqlen, shift_filter.shape[1], log_a.shape[1], u.device
-    )
-    bias = biases[: 3 * d_model].view(3, -1) if folds and biases.numel() else None
+    sizes = _sizes(u, d_model, shift_filter, log_a)
+    bias, dbias_here = None, None
+    if cu_seqlens is None and biases.numel() and folds_bias(*sizes):
+        bias = biases[: 3 * d_model].view(3, -1)
+        if leaves_bias(*sizes):
+            dbias_here = (dbias[: 3 * d_model] if dbias.numel() else biases.new_empty(3 * d_model)).view(3, -1)
     if u.device.type != "cuda" and not is_interpreted():
         q, k, v = product.unbind(0)
         k = k if bias is None else k + bias[1].to(k.dtype).unsqueeze(-1)
@@ -202,8 +204,8 @@ def h3_projected_backward_op(
         from hippos.ops.h3_mix.launch import h3_mix_bwd
 
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, None, None)))._replace(bias=bias)
-        found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint)
-    du = project_gradient(u, dproduct, weights, dbias, wants_tokens)
+        found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint, dbias=dbias_here)
+    du = project_gradient(u, dproduct, weights, dbias if dbias_here is None else None, wants_tokens)
     if not wants_weights:
         return du, none(u), none(u), none(u), *found[3:9]
     dweight, dlast = weight_gradients(u, y, dtokens, dproduct, dtype)
@@ -238,6 +240,13 @@ def _backward_shapes(
     dweight, dlast = (weights.new_empty(n * d_model, weights.shape[1], dtype=dtype) for n in (3, 1))
     dbias = biases.new_empty(biases.shape, dtype=dtype)
     return du, dweight, dlast, dbias, *parameters  # type: ignore[return-value]
+
+
+def _sizes(
+    u: Tensor, d_model: int, shift_filter: Tensor, log_a: Tensor
+) -> tuple[torch.dtype, int, int, int, int, int, torch.device]:
+    """The arguments of `folds_bias` and `leaves_bias`."""
+    return u.dtype, u.shape[0], d_model, u.shape[1], shift_filter.shape[1], log_a.shape[1], u.device
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

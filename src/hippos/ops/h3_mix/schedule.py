@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from hippos.ops.ssm_conv.schedule import (
+    FEW_SAMPLES,
     Geometry,
     Pieces,
     Schedule,
@@ -75,6 +76,24 @@ def folds_bias(
     """
     schedule = mix_schedule(dtype, n_modes, device)
     return n_taps <= schedule.chunk + 1 and not mix_pieces(batch, d_model, seqlen, schedule).is_cut
+
+
+@lru_cache
+def leaves_bias(
+    dtype: torch.dtype, batch: int, d_model: int, seqlen: int, n_taps: int, n_modes: int, device: torch.device
+) -> bool:
+    """Whether q and v had better stay without their bias for the backward pass, which adds it where it reads them.
+
+    That is where `folds_bias` holds and Hopper's program runs on whole sequences; it makes the biases' gradients too.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or batch * seqlen < FEW_SAMPLES:
+        return False
+    from hippos.ops.ssm_conv.launch_hopper import LEAST_PROGRAMS, MODES, has_hopper_programs, whole_tiles
+
+    if not has_hopper_programs(device) or Schedule.padded_modes(n_modes) != MODES:
+        return False
+    folds = folds_bias(dtype, batch, d_model, seqlen, n_taps, n_modes, device)
+    return folds and whole_tiles(batch, d_model, seqlen, LEAST_PROGRAMS) is not None
 
 
 @lru_cache

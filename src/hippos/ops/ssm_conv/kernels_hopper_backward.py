@@ -34,6 +34,14 @@ from hippos.ops.ssm_conv.kernels_hopper_scan import allocate_totals, carry_mode,
 MMA = gl.constexpr(mma_layout(8))
 HALF = gl.constexpr(half_layout(8))
 ROWS = gl.constexpr(rows_layout(8))
+WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [4, 8, 1], [8, 1, 1], [2, 1, 0]))
+
+
+@gluon.jit
+def _add_up(total, values):
+    """Add a tile's numbers, as `ROWS`, to sums of which every thread has two: those of 8 neighbours together."""
+    words = gl.convert_layout(gl.reshape(values.to(gl.float32), (64, 8, 8)), WORDS, assert_trivial=True)
+    return total + gl.sum(words, 2)
 
 
 @gluon.jit
@@ -105,13 +113,17 @@ def ssm_conv_bwd_hopper_kernel(
     u_ptr, in_gate_ptr, out_gate_ptr, dout_ptr, du_ptr, din_gate_ptr, dout_gate_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, log_a_ptr, b_ptr, c_ptr, d_ptr, saved_ptr, later_ptr,
     dtoeplitz_ptr, dinto_ptr, doutof_ptr, ddecay_ptr, dlog_a_ptr, db_ptr, dc_ptr, dd_ptr,
+    u_bias_ptr, gate_bias_ptr, du_bias_ptr, dgate_bias_ptr,
     u_stride_b, u_stride_h, in_stride_b, in_stride_h, out_stride_b, out_stride_h, dout_stride_b, dout_stride_h,
     n_heads, n_modes, batch, seqlen, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_later,
     RUN: gl.constexpr, IS_CUT: gl.constexpr, IS_FULL: gl.constexpr,
     MAKES: gl.constexpr, ENDS: gl.constexpr,
-    HAS_D: gl.constexpr, HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr,
+    HAS_D: gl.constexpr, HAS_IN: gl.constexpr, HAS_OUT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of one channel and some groups of pieces; arguments as in `ssm_conv_bwd_kernel`.
+
+    HAS_BIAS, of both gates: a bias (H,) is yet to be added to u, and one to the output gate; the sums of their
+    gradients are written, one for each program.
 
     IS_FULL promises that tiles hold chunks everywhere; pieces that are no sequences need it. With MAKES operators are
     made from the SSM parameters, with ENDS gradients go on to these: then a program has all groups of its channel.
@@ -163,6 +175,10 @@ def ssm_conv_bwd_hopper_kernel(
     adjoint_totals = allocate_totals()
     zeros = gl.zeros((64, 64), gl.float32, MMA)
     dtoeplitz, dinto, doutof = zeros, zeros, zeros
+    if HAS_BIAS:
+        u_bias, gate_bias = gl.load(u_bias_ptr + channel), gl.load(gate_bias_ptr + channel)
+        du_total = gl.zeros((64, 8), gl.float32, gl.SliceLayout(2, WORDS))
+        dgate_total = gl.zeros((64, 8), gl.float32, gl.SliceLayout(2, WORDS))
     none = gl.zeros((4, 8, 32), gl.float32, HALF)
     ddecay_re, ddecay_im, carry_re, carry_im = none, none, no_carry(RUN), no_carry(RUN)
     words = _saved_words(
@@ -197,10 +213,17 @@ def ssm_conv_bwd_hopper_kernel(
         x, dy = u_tile, dout_tile
         if HAS_IN:
             x = gated
-            x.store((u_tile.load(ROWS).to(gl.float32) * in_tile.load(ROWS).to(gl.float32)).to(gl.bfloat16))
+            u = u_tile.load(ROWS)
+            if HAS_BIAS:  # where there is no chunk, too: the input's gate is zero there
+                u = (u.to(gl.float32) + u_bias).to(gl.bfloat16)
+                u_tile.store(u)
+            x.store((u.to(gl.float32) * in_tile.load(ROWS).to(gl.float32)).to(gl.bfloat16))
         if HAS_OUT:
             dy = out_tiles.index(slot)
-            dy.store((dout_tile.load(ROWS).to(gl.float32) * dy.load(ROWS).to(gl.float32)).to(gl.bfloat16))
+            gate = dy.load(ROWS)
+            if HAS_BIAS:
+                gate = (gate.to(gl.float32) + gate_bias).to(gl.bfloat16)
+            dy.store((dout_tile.load(ROWS).to(gl.float32) * gate.to(gl.float32)).to(gl.bfloat16))
         hopper.fence_async_shared()
         gl.thread_barrier()
         v = hopper.warpgroup_mma(x, into, zeros, use_acc=False, is_async=True)
@@ -256,9 +279,13 @@ def ssm_conv_bwd_hopper_kernel(
             in_tile.store(dx.to(gl.bfloat16))
         gl.thread_barrier()
         if HAS_OUT:
-            _store(dout_gate_ptr, dout_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+            dgate = dout_tile.load(ROWS)
+            _store(dout_gate_ptr, dgate, sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
         if HAS_IN:
-            _store(du_ptr, u_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+            du = u_tile.load(ROWS)
+            _store(du_ptr, du, sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
+            if HAS_BIAS:
+                du_total, dgate_total = _add_up(du_total, du), _add_up(dgate_total, dgate)
             _store(din_gate_ptr, in_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
         else:
             _store(du_ptr, in_tile.load(ROWS), sequence, dout_stride_b, delta, start, batch, seqlen, IS_FULL)
@@ -266,6 +293,9 @@ def ssm_conv_bwd_hopper_kernel(
         group, tile, slot = next_group, next_tile, 1 - slot
 
     async_copy.wait_group(0)
+    if HAS_BIAS:
+        gl.store(du_bias_ptr + program, gl.sum(gl.sum(du_total, 1), 0))
+        gl.store(dgate_bias_ptr + program, gl.sum(gl.sum(dgate_total, 1), 0))
     ddecay_re, ddecay_im = gl.sum(gl.sum(ddecay_re, 1), 0), gl.sum(gl.sum(ddecay_im, 1), 0)
     if ENDS:
         store_parameter_gradients(

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.ssm_conv.biases import Biases
 from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.kernels_backward import ssm_conv_bwd_kernel
 from hippos.ops.ssm_conv.kernels_forward import ssm_conv_fwd_kernel
@@ -169,6 +170,7 @@ def ssm_conv_bwd(
     operators: ChunkOperators | None = None,
     du: Tensor | None = None,
     dout_gate: Tensor | None = None,
+    biases: Biases | None = None,
 ) -> Gradients:
     """Run the backward kernels.
 
@@ -182,6 +184,8 @@ def ssm_conv_bwd(
         operators: Chunk operators made before, of that schedule; the SSM parameters then get no gradients.
         du: Memory for the gradient of u, laid out like ``dout``, or None.
         dout_gate: The same for the gradient of the output gate.
+        biases: What u and the output gate lack, with gates at both ends, or None; Hopper's program adds and sums them
+            on its way where sequences are whole.
 
     Returns:
         The gradients; those of signals lie in memory as ``dout`` does.
@@ -208,6 +212,10 @@ def ssm_conv_bwd(
             tiles = whole_tiles(batch, n_heads, seqlen, LEAST_PROGRAMS) or cut_tiles(batch, seqlen, pieces)
         if dstate is not None and tiles is not None and not tiles.end_with_sequences:
             tiles = None  # the gradient of the state behind a sequence enters at the end of the last tile
+    is_summed_here = tiles is None or tiles.pieces.is_cut
+    if biases is not None and is_summed_here:
+        inputs = biases.added(inputs)
+        out_gate = inputs.out_gate
     if tiles is None or not backward_makes_operators(tiles):
         operators = operators or make_chunk_operators(log_a, b, c, d, schedule)
     table = None if cu_seqlens is None else place_documents(cu_seqlens, seqlen, pieces)
@@ -220,8 +228,9 @@ def ssm_conv_bwd(
         if dstate is not None:  # of the state after the last sample, as all chunks are whole
             later = dstate.transpose(-1, -2).contiguous()
         partial, splits = launch_hopper_backward(
-            tiles, inputs, operators, dout, saved, later, (du, din, dgate), (dlog_a, db, dc, dd)
-        )
+            tiles, inputs, operators, dout, saved, later, (du, din, dgate), (dlog_a, db, dc, dd),
+            None if is_summed_here else biases,
+        )  # fmt: skip
     elif operators is not None:
         partial, splits = _run_backward(
             inputs, dout, dstate, saved, later, table, pieces, schedule, operators, (du, din, dgate), dinitial
@@ -231,6 +240,8 @@ def ssm_conv_bwd(
             log_a, b, c, *partial, dlog_a, db, dc, dd, n_modes, splits,
             CHUNK=schedule.chunk, MODES=modes, HAS_D=d is not None, num_warps=8,
         )  # fmt: skip
+    if biases is not None and is_summed_here:
+        biases.sum_up(du, dgate)
     return du, dlog_a, db, dc, dd, din, dgate, _drop_padding(dinitial, n_modes)
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hippos.ops.ssm_conv.biases import Biases
 from hippos.ops.ssm_conv.chunked import Inputs
 from hippos.ops.ssm_conv.launch_operators import ChunkOperators
 from hippos.ops.ssm_conv.schedule import Pieces, Schedule, groups_per_program
@@ -205,6 +206,7 @@ def launch_hopper_backward(
     later: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor],
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    biases: Biases | None = None,
 ) -> tuple[list[Tensor], int]:
     """Run the backward program.
 
@@ -217,6 +219,7 @@ def launch_hopper_backward(
         later: The adjoint state after each piece, (n, H, 2, 32), or None: whole sequences that nothing follows.
         gradients: Memory for those of u, its gate and the output's gate, laid out like the gradient of y.
         parameters: Memory for those of log_a, b, c and d, where no operators are given.
+        biases: What u and the output's gate lack, with gates at both ends; or None.
 
     Returns:
         The partial gradients of the operators, and into how many parts each channel's are split: none, if programs have
@@ -234,14 +237,21 @@ def launch_hopper_backward(
     stored = (dout, dout, dout, log_a)
     if operators is not None:
         stored = (operators.taps, operators.into, operators.outof, operators.decay)
+    sums: tuple[Tensor, ...] = () if biases is None else (biases.du, biases.dout_gate)
+    shares = [x if splits == 1 else torch.empty(n_heads * splits, device=x.device) for x in sums]
     ssm_conv_bwd_hopper_kernel[(n_heads * splits,)](
         *signals, *gradients, *stored, log_a, b, c, _or(d, log_a), saved,
         _or(later, log_a), *(partial or (log_a,) * 4), *parameters,
+        *((log_a,) * 4 if biases is None else (biases.u, biases.out_gate, *shares)),
         *(stride for signal in signals for stride in signal.stride()[:2]),
         n_heads, log_a.shape[1], batch, seqlen, tiles.pieces.per_sequence, tiles.pieces.length, tiles.n_tiles,
         tiles.n_groups, per_program, saved.shape[2], 0 if later is None else tiles.pieces.total,
         RUN=tiles.run, IS_CUT=tiles.pieces.is_cut, IS_FULL=tiles.fullness == 1,
         MAKES=operators is None, ENDS=ends,
-        HAS_D=d is not None, HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None, num_warps=8,
+        HAS_D=d is not None, HAS_IN=in_gate is not None, HAS_OUT=out_gate is not None,
+        HAS_BIAS=biases is not None, num_warps=8,
     )  # fmt: skip
+    if splits > 1:
+        for total, share in zip(sums, shares, strict=True):
+            torch.sum(share.view(n_heads, splits), 1, out=total)
     return partial, splits
