@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def test_ticks_are_round_and_reach_the_ends(low: float, high: float) -> None:
     assert ticks[0] <= low + 1e-9
     assert ticks[-1] >= high - 1e-9
     assert all(len(f"{tick / ticks[-1] * 1000:.6g}") <= 7 for tick in ticks)
+
+
+def test_wide_numbers_keep_off_the_caption() -> None:
+    chart = draw_chart([Line("a", [(0.0, 0.00025), (1.0, 0.001)])], title="t", x_label="x", y_label="y")
+    wide = next(match for match in re.findall(r'class="end" x="(\d+)" y="[\d.]+">(.*?)<', chart) if len(match[1]) == 6)
+    left_end = float(wide[0]) - 0.65 * 14 * len(wide[1])  # digits of the page's 14 pixels
+    assert left_end > 14 + 0.3 * 14, "the caption's letters reach below their line at x = 14"
 
 
 def test_chart_leaves_out_what_is_not_finite() -> None:

@@ -44,6 +44,12 @@ def test_names_with_commas_are_written_in_json(tiny: TrainConfig) -> None:
     assert apply_settings(tiny, ['corpus=["a,b.txt", "[c].txt"]']).data.corpus == ("a,b.txt", "[c].txt")
 
 
+def test_no_field_needs_its_section(tiny: TrainConfig) -> None:
+    names = [key.partition(".")[2] for key in known_settings()]
+    assert len(names) == len(set(names))
+    assert apply_settings(tiny, ["loss_chunk_tokens=50"]).optim.loss_chunk_tokens == 50
+
+
 def test_later_settings_win(tiny: TrainConfig) -> None:
     assert apply_settings(tiny, ["steps=1", "steps=2"]).optim.steps == 2
 

@@ -25,8 +25,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { margin-bottom: 0; } .facts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.5rem 0; }
 .facts div { display: flex; flex-direction: column; } .facts b { font-size: 1.4rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
-.charts > :first-child { grid-column: 1 / -1; }
-svg { width: 100%; height: auto; font-size: 12px; } svg text { fill: currentColor; }
+.charts > :first-child { grid-column: 1 / -1; } .charts > :first-child svg { font-size: 10px; }
+figure { margin: 0; } svg { width: 100%; height: auto; font-size: 14px; } svg text { fill: currentColor; }
 svg .grid { stroke: var(--line); } svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg polyline { fill: none; stroke-width: 1.6; } svg .level { stroke-dasharray: 5 4; }
 svg .line0 { stroke: #1f77b4; } svg .line1 { stroke: #e0700d; } svg .line2 { stroke: #2ca02c; }
@@ -115,7 +115,7 @@ def _charts(training: Rows, validation: Rows, summary: Mapping[str, Any] | None)
     ]
     charts = [draw_chart(loss, title="Loss", x_label="tokens read", y_label="loss, nats per token")]
     others = (
-        ("learning_rate", "Learning rate", "peak learning rate"),
+        ("learning_rate", "Learning rate", "of the weight matrices"),
         ("grad_norm", "Norm of the gradient", "before clipping"),
         ("tokens_per_s", "Speed", "tokens/s"),
         ("mfu", "Model FLOP utilisation", "share of the GPU's peak"),

@@ -10,7 +10,8 @@ from html import escape
 __all__ = ["Line", "draw_chart", "nice_ticks"]
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 80, 16, 16, 44
+LEGEND = WIDTH - 200  # its left end
 N_COLOURS = 6
 
 
@@ -71,8 +72,10 @@ def draw_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
     legend = dict.fromkeys((line.colour, line.label) for line in lines if line.points)
     for place, (colour, label) in enumerate(legend):
         y = TOP + 14 + 16 * place
-        parts.append(f'<line class="line{colour}" x1="{WIDTH - 190}" x2="{WIDTH - 168}" y1="{y - 4}" y2="{y - 4}"/>')
-        parts.append(f'<text x="{WIDTH - 162}" y="{y}">{escape(label)}</text>')
+        parts.append(
+            f'<line class="line{colour}" x1="{WIDTH - LEGEND}" x2="{WIDTH - LEGEND + 22}" y1="{y - 4}" y2="{y - 4}"/>'
+        )
+        parts.append(f'<text x="{WIDTH - LEGEND + 28}" y="{y}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 

@@ -20,6 +20,9 @@ __all__ = ["apply_settings", "known_settings", "parse_value"]
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _SECTIONS = {"data": DataConfig, "optim": OptimConfig, "run": RunConfig}
 
+# A field of H3Config that training takes from elsewhere: optim.loss_chunk_tokens.
+_NOT_THE_MODELS = ("loss_chunk_tokens",)
+
 
 def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
     """Change a configuration by ``key=value`` texts, in order.
@@ -122,7 +125,8 @@ def _model_settings() -> dict[str, Any]:
     from hippos.models import H3Config
 
     hints = inspect.get_annotations(H3Config, eval_str=True)  # those that H3Config adds to Transformers' own
-    own = {f"model.{field.name}": hints[field.name] for field in fields(H3Config) if field.name in hints}
+    names = [field.name for field in fields(H3Config) if field.name in hints and field.name not in _NOT_THE_MODELS]
+    own = {f"model.{name}": hints[name] for name in names}
     return {**own, "model.preset": get_type_hints(ModelConfig)["preset"], "model.attn_layers": tuple[int, ...]}
 
 
