@@ -42,6 +42,8 @@ class ScalingSize:
         is_compiled: Whether the blocks go through torch.compile.
         is_captured: Whether passes are replayed from a CUDA graph, as `hippos train` does; "ddp" alone, and on CUDA.
         checkpoints_activations: Whether activations are computed again in the backward pass.
+        alternates: Whether one process and all of them take turns, for which both models must fit a GPU; else all
+            rounds of one process come first.
         steps: Steps a sample, timed together.
     """
 
@@ -54,6 +56,7 @@ class ScalingSize:
     is_compiled: bool = True
     is_captured: bool = False
     checkpoints_activations: bool = False
+    alternates: bool = True
     steps: int = 4
 
     @property
@@ -127,6 +130,7 @@ def _workload(size: ScalingSize, found: Measured) -> Workload:
             "settings": "bfloat16 products, float32 weights, fused AdamW, no dropout, random tokens and weights",
             "passes": "from a CUDA graph" if size.is_captured else "launched by the host",
             "times": _what_times_mean(size),
+            "order": "one process and all of them by turns" if size.alternates else "all rounds of one process first",
             "error": "of the loss of the same sequences, together against alone",
         },
     )

@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,24 +141,22 @@ class Training:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
-    def measure(self, rounds: int, watch: Watch, keep: Callable[[list[float]], object]) -> list[float]:
-        """Seconds a step, of several rounds, from a common start to this process's end; ``keep`` hears of each."""
+    def warm_up(self, watch: Watch) -> None:
+        """Take the steps that compile, and let the optimiser have its states."""
         for number in range(1, WARMUP_STEPS + 1):
             watch.begin(f"step {number} of {WARMUP_STEPS} that are not timed")
             self.step()
             self._wait()
-        seconds = []
-        for number in range(1, rounds + 1):
-            watch.begin(f"round {number} of {rounds}")
-            self._wait()
-            start = time.perf_counter()
-            for _ in range(self.size.steps):
-                self.step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / self.size.steps)
-            keep(seconds)
-        return seconds
+
+    def sample(self) -> float:
+        """Seconds a step, from a common start to this process's end."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.size.steps):
+            self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / self.size.steps
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -181,11 +179,8 @@ def main(wanted: str, out: Path) -> None:
     processes = Processes.join()
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     found = Measured({}, {}, {})
-    for name, is_together in ((ALONE, False), (TOGETHER, True)):
-        found = _measure(size, device, processes, watch, found, name, is_together=is_together, rounds=rounds, out=out)
-        if not is_together:
-            found = replace(found, slowest=max(processes.gather(statistics.median(found.seconds[ALONE]))))
-        _write(found, processes, out)
+    for names in ((ALONE, TOGETHER),) if size.alternates else ((ALONE,), (TOGETHER,)):
+        found = _measure(names, size, device, processes, watch, found, rounds, out)
     watch.begin("parting")
     processes.wait()
     leave_processes()
@@ -201,43 +196,61 @@ def _write(found: Measured, processes: Processes, out: Path) -> None:
 
 
 def _measure(
+    names: Sequence[str],
     size: ScalingSize,
     device: torch.device,
     processes: Processes,
     watch: Watch,
     found: Measured,
-    name: str,
-    *,
-    is_together: bool,
     rounds: int,
     out: Path,
 ) -> Measured:
-    """Add seconds a step, the checked loss, and the most memory in bytes to what was found."""
-    is_cuda = device.type == "cuda"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    watch.begin(f"{name}: making the model")
-    training = Training(size, device, processes, is_together=is_together)
-    watch.begin(f"{name}: a loss to compare")
-    loss = training.checked_loss()
+    """Add seconds a step, the checked loss, and the most memory in bytes to what was found; write it on the way.
 
-    def with_seconds(seconds: list[float]) -> Measured:
-        peak = torch.cuda.max_memory_allocated() if is_cuda else 0
-        return replace(
+    All that is named takes turns, so that a GPU which grows hot and slow does so for all.
+    """
+    trainings = {}
+    for name in names:
+        trainings[name], loss, peak_bytes = _prepare(size, device, processes, watch, name)
+        found = replace(
             found,
-            seconds={**found.seconds, name: seconds},
             losses={**found.losses, name: loss},
-            peak_bytes={**found.peak_bytes, name: peak},
+            peak_bytes={**found.peak_bytes, name: peak_bytes},
         )
-
-    # One process alone is not judged before all of its rounds are known.
-    keep = (lambda seconds: _write(with_seconds(seconds), processes, out)) if is_together else (lambda seconds: None)
-    found = with_seconds(training.measure(rounds, watch, keep))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(1, rounds + 1):
+        for name, training in trainings.items():
+            watch.begin(f"{name}: round {number} of {rounds}")
+            seconds[name].append(training.sample())
+        found = replace(found, seconds={**found.seconds, **seconds})
+        slowest = max(processes.gather(statistics.median(found.seconds[ALONE])))
+        found = replace(found, slowest=slowest)
+        # One process alone is not judged before all of its rounds are known.
+        if TOGETHER in names or number == rounds:
+            _write(found, processes, out)
+    trainings.clear()
     del training
     gc.collect()
-    if is_cuda:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def _prepare(
+    size: ScalingSize, device: torch.device, processes: Processes, watch: Watch, name: str
+) -> tuple[Training, float, int]:
+    """A training that is ready to be timed, its checked loss, and the bytes that it took beyond what was there."""
+    is_cuda = device.type == "cuda"
+    before = 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    watch.begin(f"{name}: making the model")
+    training = Training(size, device, processes, is_together=name == TOGETHER)
+    watch.begin(f"{name}: a loss to compare")
+    loss = training.checked_loss()
+    training.warm_up(watch)
+    return training, loss, torch.cuda.max_memory_allocated() - before if is_cuda else 0
 
 
 if __name__ == "__main__":
