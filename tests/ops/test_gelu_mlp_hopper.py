@@ -49,7 +49,7 @@ class Matrix(Descriptor):
         piece.copy_(tile.tensor[: piece.shape[0], : piece.shape[1]])
 
 
-def run(kernel, matrices, *args, n_programs=1, rows=16, columns=16, depth=8, stages=3):
+def run(kernel, matrices, *args, n_programs=1, rows=16, columns=16, depth=8, stages=3, **constants):
     """Run a program with small tiles."""
 
     def sigmoid(code, _, arguments, **__):
@@ -67,7 +67,7 @@ def run(kernel, matrices, *args, n_programs=1, rows=16, columns=16, depth=8, sta
 
     run_program(
         MODULE, kernel, (n_programs, 1), *map(Matrix, matrices), *args,
-        STEPS=-(-matrices[0].shape[1] // depth), STAGES=stages, ROWS=rows, COLUMNS=columns, DEPTH=depth, more=more,
+        STEPS=-(-matrices[0].shape[1] // depth), STAGES=stages, ROWS=rows, COLUMNS=columns, DEPTH=depth, more=more, **constants,
     )  # fmt: skip
 
 
@@ -78,9 +78,9 @@ def run_forward(rows, weight, bias, **options):
 
 
 def run_backward(dy, weight, inner, **options):
-    dinner, shares = torch.full_like(inner, torch.nan), torch.full((-(-len(dy) // 16), inner.shape[1]), torch.nan)
+    dinner, shares = torch.full_like(inner, torch.nan), torch.full((-(-len(dy) // 16) * 2, inner.shape[1]), torch.nan)
     matrices = (dy, weight, inner, dinner)
-    run("gelu_product_bwd_hopper_kernel", matrices, shares, *inner.shape, **options)
+    run("gelu_product_bwd_hopper_kernel", matrices, shares, *inner.shape, PARTS=2, **options)
     return dinner, shares.sum(0)
 
 

@@ -28,10 +28,15 @@ def product_layout(n_columns, num_warps):
 
 
 @gluon.constexpr_function
-def columns_layout(n_rows, n_columns, num_warps):
-    """Of a tile whose columns are summed: two of them a thread, as many of their rows as there are threads for."""
-    parts = num_warps * 64 // n_columns
-    return gl.BlockedLayout([n_rows // parts, 2], [1, 32], [parts, num_warps // parts], [1, 0])
+def columns_layout(n_rows, n_columns, n_parts, num_warps):
+    """Of a tile whose columns are summed: two of them a thread, which has all rows of a part of the tile."""
+    return gl.BlockedLayout([n_rows // n_parts, 2], [1, 32], [n_parts, num_warps // n_parts], [1, 0])
+
+
+@gluon.constexpr_function
+def parts_layout(n_rows, n_columns, n_parts, num_warps):
+    """The same of a tile whose parts are an axis of their own."""
+    return gl.BlockedLayout([1, n_rows // n_parts, 2], [1, 1, 32], [n_parts, 1, num_warps // n_parts], [2, 1, 0])
 
 
 @gluon.jit
@@ -161,15 +166,18 @@ def gelu_product_hopper_kernel(
 def gelu_product_bwd_hopper_kernel(
     dy, weight, inner, dinner, partial_ptr, n_rows, d_ff,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """Every n-th tile of dinner = GELU'(inner) * (dy @ weight), for n programs, and its sums over rows.
 
     dy (T, D), weight (D, F), inner and dinner (T, F) are descriptors of tiles; STEPS of DEPTH make up D. The sums, the
-    shares of tiles in the bias's gradient, are (tiles of rows, F) in memory. Behind the end of a tensor zeros are read,
-    and nothing is written.
+    shares of PARTS of each tile in the bias's gradient, are (tiles of rows, PARTS, F) in memory: no thread waits for
+    another's. Behind the end of a tensor zeros are read, and nothing is written.
     """
     MMA: gl.constexpr = product_layout(COLUMNS, gl.num_warps())
-    SUMS: gl.constexpr = columns_layout(ROWS, COLUMNS, gl.num_warps())
+    SUMS: gl.constexpr = columns_layout(ROWS, COLUMNS, PARTS, gl.num_warps())
+    SHARED_OUT: gl.constexpr = parts_layout(ROWS, COLUMNS, PARTS, gl.num_warps())
+    SHARES: gl.constexpr = gl.SliceLayout(1, SHARED_OUT)
     LATER: gl.constexpr = 2 if STEPS > 4 else 0
     dtype: gl.constexpr = dy.dtype
     n_columns = gl.cdiv(d_ff, COLUMNS)
@@ -205,7 +213,10 @@ def gelu_product_bwd_hopper_kernel(
         hopper.fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dinner, [row, column], inner_tile)
-        sums = gl.sum(inner_tile.load(SUMS).to(gl.float32), axis=0)
-        columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, SUMS))
-        gl.store(partial_ptr + tile // n_columns * d_ff + columns, sums, mask=columns < d_ff)
+        found = gl.reshape(inner_tile.load(SUMS), (PARTS, ROWS // PARTS, COLUMNS))
+        shares = gl.sum(gl.convert_layout(found, SHARED_OUT, assert_trivial=True).to(gl.float32), 1)
+        parts = tile // n_columns * PARTS + gl.arange(0, PARTS, layout=gl.SliceLayout(1, SHARES))
+        columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, SHARES))
+        inside = (parts[:, None] >= 0) & (columns < d_ff)[None, :]
+        gl.store(partial_ptr + parts[:, None] * d_ff + columns[None, :], shares, mask=inside)
     tma.store_wait(0)

@@ -32,6 +32,7 @@ class Tiles(NamedTuple):
 _FORWARD, _BACKWARD = Tiles(128, 128, 32, 5, 4, 2), Tiles()
 _LONGEST_SUM = 1024  # cuBLAS gains with longer ones, for which nobody has timed the programs
 _LEAST_ROWS = 4096  # with fewer, most multiprocessors would have a tile or two, whose ends nothing overlaps
+_COLUMNS_PER_WARP = 64  # of a tile of which sums are made
 _ALIGNED = 16  # bytes, of addresses and rows
 
 
@@ -93,13 +94,14 @@ def gelu_product_bwd(dy: Tensor, weight: Tensor, inner: Tensor, tiles: Tiles = _
 
     n_rows, d_ff = inner.shape
     dinner = torch.empty_like(inner)
-    shares = torch.empty(-(-n_rows // tiles.rows), d_ff, dtype=torch.float32, device=inner.device)
+    n_parts = max(1, tiles.warps * _COLUMNS_PER_WARP // tiles.columns)
+    shares = torch.empty(-(-n_rows // tiles.rows) * n_parts, d_ff, dtype=torch.float32, device=inner.device)
     tile = (tiles.rows, tiles.columns)
     gelu_product_bwd_hopper_kernel[_grid(n_rows, d_ff, tiles, inner.device)](
         *_descriptors(
             (dy, tiles.rows, tiles.depth), (weight, tiles.depth, tiles.columns), (inner, *tile), (dinner, *tile)
         ),
-        shares, n_rows, d_ff, **_constants(dy.shape[1], tiles),
+        shares, n_rows, d_ff, **_constants(dy.shape[1], tiles), PARTS=n_parts,
     )  # fmt: skip
     return dinner, column_sums(shares)
 
