@@ -117,12 +117,10 @@ def _pause(n_cycles):
 
 
 @gluon.jit
-def _ask_for_weights(w_ptr, n_tiles, pace, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
+def _ask_for_weights(w_ptr, n_tiles, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
     """Ask for n_tiles tiles of this program, side by side from w_ptr on."""
     rows = gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0]))
-    for i in range(n_tiles):
-        _ask(w_ptr + (rows * K + i * BLOCK_K), gl.where(rows >= 0, BLOCK_K * 2, 0))
-        _pause(pace)
+    _ask(w_ptr + rows * K, gl.where(rows >= 0, n_tiles * (BLOCK_K * 2), 0))
 
 
 @gluon.jit
@@ -187,12 +185,12 @@ def _send_weights(
             _pause(hold)
         _send(w_fc1, row, i * BLOCK_K, OUT + i, ring, full, empty, TILES, BYTES)
         if i == TILES - 1:  # all tiles of the product before have been used
-            _ask_for_weights(fc1_ptr + (row * D + TILES * BLOCK_K), tiles1, pace, D, BLOCK_N, BLOCK_K)
+            _ask_for_weights(fc1_ptr + (row * D + TILES * BLOCK_K), tiles1, D, BLOCK_N, BLOCK_K)
     for i in range(FC2):
         _send(w_fc2, out_row, fc2_column + i * BLOCK_K, OUT + FC1 + i, ring, full, empty, TILES, BYTES)
         if i == TILES - 1:
             ahead = fc2_column + TILES * BLOCK_K
-            _ask_for_weights(fc2_ptr + (out_row * D_FF + ahead), tiles2, pace, D_FF, BLOCK_N, BLOCK_K)
+            _ask_for_weights(fc2_ptr + (out_row * D_FF + ahead), tiles2, D_FF, BLOCK_N, BLOCK_K)
             _ask_for_texts(
                 diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
                 0, texts2, pace, D, MODES,
@@ -201,7 +199,7 @@ def _send_weights(
         FEW: gl.constexpr = TILES if TILES < IN else IN
         if which < COUNT:
             _send_in(w_in0, w_in1, w_in2, which, in_row, LAST, 0, FEW, ring, full, empty, COUNT, BLOCK_K, TILES, BYTES)
-            _ask_for_weights(in_ptr + (in_row * D + TILES * BLOCK_K), tiles3, pace, D, BLOCK_N, BLOCK_K)
+            _ask_for_weights(in_ptr + (in_row * D + TILES * BLOCK_K), tiles3, D, BLOCK_N, BLOCK_K)
         else:
             mbarrier.wait(empty.index((LAST - 1) % TILES), ((LAST - 1) // TILES) & 1)
         _ask_for_texts(
