@@ -171,6 +171,13 @@ class RunTrainer(CheckpointingTrainer):
             prepare = partial(self.accelerator.prepare_model, device_placement=False, evaluation_mode=True)
             self.accelerator.prepare_model = lambda model, *args, **kwargs: prepare(model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the loop, and let go of its graph: NCCL does not part from others while a graph holds its exchanges."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._graph = None
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's blocks from the first step to do on, in an order that only the seed decides."""
         optim = self.config.optim
