@@ -97,13 +97,36 @@ def assert_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
 @torch.no_grad()
 def test_ragged_prompts_are_read_as_near_to_float64_as_by_the_layers(shape, dtype, chunk_len):
     exact, model = make_model(**shape), make_model(**shape, dtype=dtype)
-    texts = [draw(n, seed=n) for n in (70, 200, 1, 129)]
+    texts = [draw(n, seed=n) for n in (70, 200, 1, 129, 33)]
     wanted = torch.stack([exact(text[None]).logits[0, -1] for text in texts])
     plain = torch.stack([model(text[None]).logits[0, -1] for text in texts])
     state = Generator(model, chunk_len=chunk_len).read(texts)
     decoder = H3Decoder(model, state)
     assert decoder._reads_fused
     assert _distance(decoder.logits(), wanted) < 1.5 * _distance(plain, wanted) + 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[5]])
+@torch.no_grad()
+def test_short_prompts_are_read_from_graphs(shape, dtype):
+    exact, model = make_model(**shape), make_model(**shape, dtype=dtype)
+    writer, plain = Generator(model), Generator(model, cuda_graph=False)
+    lengths = (40, 64, 63, 5) if "learned_positions" in shape else (70, 90, 128, 5, 64, 70, 500, 512)
+    for n in lengths:
+        text = draw(1, n, seed=n)
+        got, wanted = writer.read(text), plain.read(text)
+        for (name, x), (_, y) in zip(got.tensors(), wanted.tensors(), strict=True):
+            assert torch.equal(x, y), f"{name} of {n} tokens"
+        true = exact(text).logits[:, -1]
+        read = _distance(H3Decoder(model, got).logits(), true)
+        assert read < 1.5 * _distance(model(text).logits[:, -1], true) + 4e-3
+    assert len(writer._prompts._graphs) == len({length // 65 for length in lengths})
+    torch.cuda.empty_cache()
+    for n in (40, 50):
+        wanted = plain.generate(draw(1, n), GREEDY).tokens
+        for _ in range(2):
+            assert torch.equal(writer.generate(draw(1, n), GREEDY).tokens, wanted)
 
 
 def test_wide_models_write_the_same_from_two_streams():

@@ -168,7 +168,7 @@ def test_half_precision_keeps_its_recurrence_in_float32(make_model, ids, shape, 
 def test_queries_of_a_later_chunk_attend_in_blocks(make_model, ids, monkeypatch):
     model, prompt = make_model(attn_layers=(1,)), ids(2, 23)
     expected = generate(model, prompt, max_new_tokens=N_NEW).sequences
-    monkeypatch.setattr("hippos.generate.h3_decoder.QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr("hippos.generate.read_attention.QUERIES_AT_ONCE", 4)
     states = []
     for chunk_len in (None, 11):
         states.append(Generator(model, chunk_len=chunk_len).read(prompt))

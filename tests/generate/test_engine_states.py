@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hippos.generate import Generator, Sampling, generate
+from hippos.generate import Generator, Sampling, chunk, generate
 from hippos.generate.fused_read import FusedRead
 from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.state import GenerationState, n_bytes_of_row
@@ -114,13 +114,53 @@ def test_reading_as_on_a_gpu_leaves_the_same_state(make_model, shape, chunk_len)
     texts = [torch.randint(VOCAB, (n,), generator=generator) for n in (9, 17, 1)]
     for pieces in (texts, [texts[1], texts[1].flip(0)]):
         states = []
-        for is_fused in (False, True):
+        for is_fused, pads in ((False, False), (True, False), (True, True)):
             decoder = H3Decoder(model, GenerationState.empty(model, len(pieces), context=40), chunk_len=chunk_len)
             decoder._reads_fused = is_fused
+            decoder._can_pad = decoder._can_pad and pads
             decoder.read(pieces)
             decoder.read([piece[:2] for piece in pieces])
             states.append(decoder.state)
-        for (name, plain), (_, fused) in zip(*(state.tensors() for state in states), strict=True):
+        for fused in states[1:]:
+            assert_same_state(fused, states[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5]])
+def test_padded_prompts_of_any_length_leave_the_same_state(make_model, shape, batch, monkeypatch):
+    monkeypatch.setattr(FusedRead, "fits", staticmethod(lambda model: True))
+    monkeypatch.setattr(chunk, "_LEAST_PADDED", 8)
+    model = make_model(**shape)
+    read, writer = [], Generator(model, context=64)
+    padded = H3Decoder.read_padded
+    monkeypatch.setattr(H3Decoder, "read_padded", lambda *args: read.append(args[1].shape) or padded(*args))
+    for n in (1, 7, 8, 9, 31, 32, 33):
+        texts = [torch.randint(VOCAB, (n - i,), generator=torch.Generator().manual_seed(n)) for i in range(batch)]
+        if n > 1 or batch == 1:
+            state = GenerationState.empty(model, batch, context=64)
+            decoder = H3Decoder(model, state)
+            decoder._reads_fused = False
+            decoder.read(texts)
+            assert_same_state(writer.read(texts), state)
+    assert read == [(batch, length) for length in (8, 8, 8, 16, 32, 32, 40)[batch - 1 :]]
+
+
+def test_a_padded_prompt_is_gone_on_from(make_model, ids, monkeypatch):
+    model, text = make_model(attn_layers=(1,)), ids(1, 30)
+    wanted = generate(model, text, max_new_tokens=N_NEW).tokens
+    monkeypatch.setattr(FusedRead, "fits", staticmethod(lambda model: True))
+    writer = Generator(model)
+    state = writer.read(text[:, :11])
+    greedy = Sampling(max_new_tokens=N_NEW, temperature=0)
+    assert torch.equal(writer.generate(text[:, 11:], greedy, state=state).tokens, wanted)
+
+
+def assert_same_state(got: GenerationState, wanted: GenerationState) -> None:
+    """Equal but for keys and values behind the ends of texts."""
+    assert got.n_tokens == wanted.n_tokens
+    for (name, x), (_, y) in zip(got.tensors(), wanted.tensors(), strict=True):
+        for row, n in enumerate(got.n_tokens):
+            ends = (slice(None), slice(n)) if name.endswith(("keys", "values")) else ()
             torch.testing.assert_close(
-                fused, plain, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+                x[row][ends], y[row][ends], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
             )

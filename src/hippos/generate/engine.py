@@ -17,6 +17,7 @@ from hippos.generate.generated import Generated
 from hippos.generate.graph_steps import GraphSteps
 from hippos.generate.h3_decoder import H3Decoder, forget_operators
 from hippos.generate.memory import advising_on_memory, check_fits
+from hippos.generate.prompt_graphs import PromptGraphs
 from hippos.generate.prompts import prompt_name, split_prompts
 from hippos.generate.sampling import Sampling
 from hippos.generate.state import GenerationState
@@ -75,6 +76,7 @@ class Generator:
         self._room = 256 if self.cuda_graph else 1
         self._held: GenerationState | None = None
         self._graphs: dict[Any, GraphSteps] = {}
+        self._prompts = PromptGraphs(model) if self.cuda_graph else None
         self._weights: Any = None
         self._stream: TokenStream | None = None
 
@@ -221,7 +223,8 @@ class Generator:
             fresh = GenerationState.empty(self.model, len(pieces), context=longest)
             if state is not None:
                 fresh.copy_from(state)
-            H3Decoder(self.model, fresh, chunk_len=self.chunk_len).read(pieces)
+            self._notice_weights()
+            self._decoder(fresh).read(pieces)
         return fresh
 
     @property
@@ -305,19 +308,28 @@ class Generator:
             decoder = CacheDecoder(self.model, chunk_len=self.chunk_len)
             return EagerSteps(decoder, sampling, batch=batch, device=self.model.device, **options)
         if not self.cuda_graph:
-            decoder = H3Decoder(self.model, held.rows(0, batch), chunk_len=self.chunk_len)
+            decoder = self._decoder(held.rows(0, batch))
             return EagerSteps(decoder, sampling, batch=batch, device=self.model.device, **options)
-        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
-        if weights != self._weights:
-            self._graphs.clear()
-            self._weights = weights
+        self._notice_weights()
         key = (batch, replace(sampling, max_new_tokens=1, seed=None, stop=()), *options.values())
         if key not in self._graphs:
             if len(self._graphs) == _MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            decoder = H3Decoder(self.model, held.rows(0, batch), chunk_len=self.chunk_len)
-            self._graphs[key] = GraphSteps(decoder, sampling, **options)
+            self._graphs[key] = GraphSteps(self._decoder(held.rows(0, batch)), sampling, **options)
         return self._graphs[key]
+
+    def _decoder(self, state: GenerationState) -> H3Decoder:
+        return H3Decoder(self.model, state, chunk_len=self.chunk_len, replays=self._prompts)
+
+    def _notice_weights(self) -> None:
+        """Drop the graphs of other weights than those that the model has now."""
+        if self._prompts is None:
+            return
+        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if weights != self._weights:
+            self._graphs.clear()
+            self._prompts.clear()
+            self._weights = weights
 
     def _totals(self, pieces: list[Tensor], state: GenerationState | None) -> list[int]:
         past = [0] * len(pieces) if state is None else state.n_tokens

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
+from hippos.generate.chunk import MOST_PADDED, MOST_PADDED_TEXTS, Chunk, Padding, pad_left, padded_len
 from hippos.generate.fused_read import FusedRead, takes_mixer
 from hippos.generate.fused_step import FusedStep
+from hippos.generate.read_attention import attend_chunk
 from hippos.generate.state import GenerationState, KeyValues
 from hippos.layers import H3, S4
 from hippos.layers.projections import project_tokens
@@ -23,40 +23,13 @@ from hippos.ops import H3State
 from hippos.ops.decode import MOST_ROWS, StepImpl, attention_step
 
 TOKENS_AT_ONCE = {"cuda": 131072, "cpu": 8192}
-QUERIES_AT_ONCE = 1024  # of attention on a CPU
 
 
-class Chunk(NamedTuple):
-    """Tokens of some rows that are read at once.
+class Replays(Protocol):
+    """What reads first tokens without the host, see `hippos.generate.prompt_graphs`."""
 
-    Attributes:
-        rows: The rows, in order.
-        starts: Tokens that each row holds already.
-        lengths: New tokens of each row, at least one.
-        n_rows: Rows of the state, these and others.
-        is_packed: Whether the tokens lie behind each other in one row, (1, total), because their lengths differ.
-    """
-
-    rows: list[int]
-    starts: list[int]
-    lengths: list[int]
-    n_rows: int
-    is_packed: bool
-
-    @property
-    def bounds(self) -> list[int]:
-        """Where each row's tokens begin if all lie behind each other, and where the last end."""
-        return [0, *accumulate(self.lengths)]
-
-    @property
-    def takes_all(self) -> bool:
-        """Whether every row of the state takes part."""
-        return len(self.rows) == self.n_rows
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether no row holds a token yet."""
-        return not any(self.starts)
+    def read(self, pieces: Sequence[Tensor], length: int, state: GenerationState) -> bool:
+        """Read texts, padded to ``length``, into a state of as many; False if nothing was done."""
 
 
 class H3Decoder:
@@ -67,12 +40,16 @@ class H3Decoder:
         state: The state, changed in place.
         chunk_len: Tokens of each text that are read at once; None: as many as make 131,072 tokens of all texts on a
             GPU, 8,192 elsewhere.
+        replays: What may read short first tokens in its place.
     """
 
-    def __init__(self, model: Any, state: GenerationState, *, chunk_len: int | None = None) -> None:
+    def __init__(
+        self, model: Any, state: GenerationState, *, chunk_len: int | None = None, replays: Replays | None = None
+    ) -> None:
         self.model = model
         self.state = state
         self.chunk_len = chunk_len
+        self._replays = replays
         self._fused = FusedStep(model) if FusedStep.fits(model) else None
         self._reads_fused = FusedRead.fits(model)
 
@@ -175,13 +152,12 @@ class H3Decoder:
         lengths = [piece.shape[0] for piece in pieces]
         starts = [state.n_tokens[row] for row in rows]
         chunk = Chunk(rows, starts, lengths, state.batch, is_packed=min(lengths) != max(lengths))
+        if self._pads(chunk):
+            self._read_first(pieces)
+            return
         ids = torch.cat(list(pieces)).unsqueeze(0) if chunk.is_packed else torch.stack(list(pieces))
         index, ends = (torch.tensor(numbers, device=ids.device) for numbers in (rows, chunk.bounds[1:]))
-        x = body.embed_tokens(ids)
-        position_ids = _positions(self.model, chunk, ids)
-        if body.embed_positions is not None:
-            x = x + body.embed_positions(position_ids)
-        x = self._read_layers(x, chunk, position_ids, ends - 1)
+        x = self._read_layers(ids, chunk, ends - 1)
         state.hidden.index_copy_(0, index, body.norm(x))
         state.lengths.index_add_(0, index, torch.tensor(lengths, device=ids.device))
         if chunk.takes_all and not chunk.is_packed:
@@ -192,15 +168,60 @@ class H3Decoder:
         for row, n_new in zip(rows, lengths, strict=True):
             state.n_tokens[row] += n_new
 
-    def _read_layers(self, x: Tensor, chunk: Chunk, position_ids: Tensor | None, last: Tensor) -> Tensor:
-        """Run embedded tokens, (b, L, D), through the layers; of the last one, only some tokens' outputs, (n, D)."""
+    def _pads(self, chunk: Chunk) -> bool:
+        """Whether the tokens are the first ones of all texts, and so few that padding them costs next to nothing."""
+        n_tokens = len(chunk.rows) * padded_len(max(chunk.lengths))
+        is_short = len(chunk.rows) <= MOST_PADDED_TEXTS and n_tokens <= MOST_PADDED
+        return is_short and chunk.is_fresh and chunk.takes_all and self._reads_fused and self._can_pad
+
+    @cached_property
+    def _can_pad(self) -> bool:
+        mixers = [block.mixer for block in self.model.model.layers]
+        pairs = zip(mixers, self._mixes_fused, strict=True)
+        return all(is_fused or isinstance(mixer, CachedSelfAttention) for mixer, is_fused in pairs)
+
+    def _read_first(self, pieces: Sequence[Tensor]) -> None:
+        state, lengths = self.state, [len(piece) for piece in pieces]
+        length = padded_len(max(lengths))
+        if self._replays is None or not self._replays.read(pieces, length, state):
+            ids = pieces[0].new_empty(len(pieces), length)
+            n_padding = ids.new_empty(len(pieces))
+            pad_left(pieces, ids, n_padding)
+            self.read_padded(ids, n_padding)
+        state.n_tokens[:] = lengths
+
+    @torch.no_grad()
+    def read_padded(self, ids: Tensor, n_padding: Tensor) -> None:
+        """Read the first tokens of all texts, always by the same operations on the same memory.
+
+        Nothing is noted on the host. The first token of a text's layers finds what a state before it would be: zeros.
+
+        Args:
+            ids: The tokens, on the left of each text its padding, shape (B, L); of the text, so that none is new.
+            n_padding: How many that is, shape (B,).
+        """
+        state, (batch, length) = self.state, ids.shape
+        rows, starts, lengths = list(range(batch)), [0] * batch, [length] * batch
+        padding = Padding(n_padding, torch.arange(length, device=ids.device))
+        chunk = Chunk(rows, starts, lengths, batch, is_packed=False, padding=padding)
+        last = torch.arange(length - 1, batch * length, length, device=ids.device)
+        state.hidden.copy_(self.model.model.norm(self._read_layers(ids, chunk, last)))
+        state.lengths.copy_(length - n_padding)
+        state.seen.zero_().scatter_(1, ids, True)
+
+    def _read_layers(self, ids: Tensor, chunk: Chunk, last: Tensor) -> Tensor:
+        """Embed tokens and run them through the layers; of the last one, only some tokens' outputs, (n, D)."""
+        body = self.model.model
+        x = body.embed_tokens(ids)  # (b, L, D)
+        position_ids = _positions(self.model, chunk, ids)
+        if body.embed_positions is not None:
+            x = x + body.embed_positions(position_ids)
         if self._reads_fused:
             return self._read_fused(x, chunk, position_ids, last)
-        body = self.model.model
         for block, layer in zip(body.layers, self.state.layers, strict=True):
             u = block.norm1(x)
             if isinstance(layer, KeyValues):
-                x = x + _attend_chunk(block.mixer, u, layer, chunk, position_ids)
+                x = x + attend_chunk(block.mixer, u, layer, chunk, position_ids)
             else:
                 x = x + _mix_chunk(block.mixer, u, layer, chunk)
             if block is body.layers[-1]:
@@ -210,10 +231,11 @@ class H3Decoder:
 
     def _read_fused(self, x: Tensor, chunk: Chunk, position_ids: Tensor | None, last: Tensor) -> Tensor:
         blocks, is_fused = list(self.model.model.layers), self._mixes_fused
-        stream = FusedRead(x, self._adding, impl="triton" if x.is_cuda else "reference")
+        mask = None if chunk.padding is None else chunk.padding.mask
+        stream = FusedRead(x, self._adding, padding=mask, impl="triton" if x.is_cuda else "reference")
         for block, layer, mixes_fused in zip(blocks, self.state.layers, is_fused, strict=True):
             if isinstance(layer, KeyValues):
-                stream.add(_attend_chunk(block.mixer, stream.normalised(block.norm1), layer, chunk, position_ids))
+                stream.add(attend_chunk(block.mixer, stream.normalised(block.norm1), layer, chunk, position_ids))
             elif isinstance(layer, H3State) and mixes_fused:
                 before, cu_seqlens = _states_before(layer, chunk), _bounds_of(chunk, x.device)
                 after = stream.add_mixed(block.mixer, block.norm1, state=before, cu_seqlens=cu_seqlens)
@@ -266,6 +288,8 @@ def _positions(model: Any, chunk: Chunk, ids: Tensor) -> Tensor | None:
     """Positions of a chunk's tokens, shape of ``ids``; None for a model that asks for none."""
     if model.config.rotary_dim == 0 and model.model.embed_positions is None:
         return None
+    if chunk.padding is not None:
+        return chunk.padding.positions
     spans = [torch.arange(start, start + n) for start, n in zip(chunk.starts, chunk.lengths, strict=True)]
     return (torch.cat(spans) if chunk.is_packed else torch.stack(spans)).view(ids.shape).to(ids.device)
 
@@ -318,48 +342,3 @@ def _put(layer: H3State | Tensor, after: H3State | Tensor, chunk: Chunk) -> None
 
 def _some_tensor(layer: H3State | Tensor) -> Tensor:
     return layer if isinstance(layer, Tensor) else layer.diag
-
-
-def _attend_chunk(
-    mixer: CachedSelfAttention, u: Tensor, cache: KeyValues, chunk: Chunk, position_ids: Tensor | None
-) -> Tensor:
-    """Attend within a chunk and to what its rows hold already, whose keys and values it joins."""
-    is_level = not chunk.is_packed and chunk.takes_all and min(chunk.starts) == max(chunk.starts)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if is_level:
-            return _attend_rows((q, k, v), cache, slice(None), chunk.starts[0])
-        outputs = []
-        for i, (row, n_past, n_new) in enumerate(zip(chunk.rows, chunk.starts, chunk.lengths, strict=True)):
-            place = (slice(0, 1), chunk.bounds[i]) if chunk.is_packed else (slice(i, i + 1), 0)
-            parts = [x[place[0], :, place[1] : place[1] + n_new] for x in (q, k, v)]  # (1, H, n_new, P)
-            outputs.append(_attend_rows((parts[0], parts[1], parts[2]), cache, slice(row, row + 1), n_past))
-        return torch.cat(outputs, dim=2 if chunk.is_packed else 0)
-
-    return mixer(u, position_ids=position_ids if mixer.rotary_dim else None, attend=attend)
-
-
-def _attend_rows(qkv: tuple[Tensor, Tensor, Tensor], cache: KeyValues, rows: slice, n_past: int) -> Tensor:
-    """Rows that all hold ``n_past`` tokens; queries, keys and values (b, H, L, P)."""
-    q, k, v = qkv
-    width = n_past + q.shape[2]
-    cache.keys[rows, :, n_past:width] = k
-    cache.values[rows, :, n_past:width] = v
-    if n_past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    keys, values = cache.keys[rows, :, :width], cache.values[rows, :, :width]
-    if q.device.type == "cuda":
-        return F.scaled_dot_product_attention(q, keys, values, causal_lower_right(q.shape[2], width))
-    return _attend_in_blocks(q, keys, values, n_past)
-
-
-def _attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, n_past: int) -> Tensor:
-    """Each query attends to keys up to its own; some queries at a time, so that few keys are read only to be masked."""
-    outputs = []
-    for start in range(0, q.shape[2], QUERIES_AT_ONCE):
-        block = q[:, :, start : start + QUERIES_AT_ONCE]
-        width = n_past + start + block.shape[2]
-        places = torch.arange(width, device=q.device)
-        mask = places <= places[n_past + start :].unsqueeze(1)  # (queries, width)
-        outputs.append(F.scaled_dot_product_attention(block, keys[:, :, :width], values[:, :, :width], mask))
-    return torch.cat(outputs, dim=2)
