@@ -302,7 +302,7 @@ def _work(
     x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
     out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
     norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
-    row, out_row, split, which, in_row, x_ring, x_full, x_empty, w_ring, w_full, w_empty, known,
+    x_ring, x_full, x_empty, w_ring, w_full, w_empty, known,
     D: gl.constexpr, D_FF: gl.constexpr, D_IN: gl.constexpr, COUNT: gl.constexpr, SPLITS: gl.constexpr,
     OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, BLOCK_N: gl.constexpr,
     X_TILES: gl.constexpr, W_TILES: gl.constexpr,
@@ -310,6 +310,9 @@ def _work(
     """The work of the other warps: products, sums and norms. Biases and norms are asked for a product ahead."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     n_programs = gl.num_programs(0)
+    row = gl.program_id(0) * BLOCK_N  # made here, where the compiler sees what it is a multiple of
+    out_row, split, which = gl.multiple_of(row % D, BLOCK_N), row // D, row // D_IN
+    in_row = row - which * D_IN
     token = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))[:, None]
     output = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
     fc1_b = gl.load(fc1_b_ptr + row + output).to(gl.float32)
@@ -422,7 +425,7 @@ def between_kernel(
                 x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
                 out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
                 norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
-                row, out_row, split, which, in_row, x_ring, x_full, x_empty, w_ring, w_full, w_empty, known,
+                x_ring, x_full, x_empty, w_ring, w_full, w_empty, known,
                 D, D_FF, D_IN, COUNT, SPLITS, OUT, FC1, FC2, IN, BLOCK_N, X_TILES, W_TILES,
             )),
             (_send_weights, (
