@@ -97,6 +97,7 @@ class Passes:
     """Stands for passes from a CUDA graph where there is none: run as they are."""
 
     alive: ClassVar[weakref.WeakSet[Passes]] = weakref.WeakSet()
+    full_rank: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -105,8 +106,16 @@ class Passes:
         inputs: Mapping[str, Tensor],
         *,
         accumulates: bool,
+        mean: GradientMean | None,
+        before_capture: Callable[[], object],
     ) -> None:
-        self.passes, self.parameters, self.gradients = passes, list(parameters), None
+        if self.full_rank == "before" and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("no memory")
+        before_capture()
+        if self.full_rank == "while capturing" and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("no memory")
+        self.passes = passes if mean is None else mean.around(passes)
+        self.parameters, self.gradients = list(parameters), None
         Passes.alive.add(self)
 
     def __call__(self, inputs: Mapping[str, Tensor], *, adds: bool) -> Tensor:
@@ -117,12 +126,13 @@ class Passes:
         return loss
 
 
-def train_from_a_graph(config: dict[str, Any], run: Path) -> None:
-    """Train as where passes come from a CUDA graph."""
-    from hippos.train import trainer
+def train_from_a_graph(config: dict[str, Any], run: Path, full_rank: str | None = None) -> None:
+    """Train as where passes come from a CUDA graph; in the second process there may be no memory for it."""
+    from hippos.train import step_graph, trainer
 
     trainer.uses_graph = lambda *arguments: True
-    trainer.GraphedPasses = Passes
+    step_graph.GraphedPasses = Passes
+    Passes.full_rank = full_rank
     gc.disable()
     train(TrainConfig.from_dict(config), run, progress=RunProgress(is_quiet=True))
     assert not Passes.alive, "NCCL would wait for them for ever"
@@ -132,6 +142,14 @@ def train_from_a_graph(config: dict[str, Any], run: Path) -> None:
 def test_a_run_has_the_losses_of_one_process(tiny: TrainConfig, tmp_path: Path, micro_batch_size: str) -> None:
     config = apply_settings(tiny, [*STILL, f"micro_batch_size={micro_batch_size}"])
     workers.run_workers(2, train_from_a_graph, config.to_dict(), tmp_path / "two", log=tmp_path / "log")
+    train(config, tmp_path / "one", progress=RunProgress(is_quiet=True))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("full_rank", ["before", "while capturing"])
+def test_all_do_without_a_graph_that_one_has_no_memory_for(tiny: TrainConfig, tmp_path: Path, full_rank: str) -> None:
+    config = apply_settings(tiny, STILL)
+    workers.run_workers(2, train_from_a_graph, config.to_dict(), tmp_path / "two", full_rank, log=tmp_path / "log")
     train(config, tmp_path / "one", progress=RunProgress(is_quiet=True))
     assert_same_run(tmp_path / "two", tmp_path / "one")
 

@@ -55,7 +55,7 @@ class _Graphed:
     is_full = False
     made = 0
 
-    def __init__(self, passes: Callable[..., Tensor], *args: object, accumulates: bool) -> None:
+    def __init__(self, passes: Callable[..., Tensor], *args: object, **options: object) -> None:
         if _Graphed.is_full:
             raise torch.OutOfMemoryError("CUDA out of memory")
         _Graphed.made += 1
@@ -67,7 +67,7 @@ class _Graphed:
 
 @pytest.fixture
 def graphed(monkeypatch: pytest.MonkeyPatch) -> type[_Graphed]:
-    monkeypatch.setattr("hippos.train.trainer.GraphedPasses", _Graphed)
+    monkeypatch.setattr("hippos.train.step_graph.GraphedPasses", _Graphed)
     monkeypatch.setattr("hippos.train.trainer.uses_graph", lambda *args: True)
     monkeypatch.setattr(_Graphed, "is_full", False)
     monkeypatch.setattr(_Graphed, "made", 0)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from hippos.errors import ConfigError
 from hippos.ops.graph_capture import capture_into
 from hippos.train.config import TrainConfig
+from hippos.train.gradient_mean import GradientMean
 from hippos.train.processes import Processes
 
-__all__ = ["GraphedPasses", "uses_graph"]
+__all__ = ["GraphedPasses", "capture_together", "uses_graph"]
 
 # The first run compiles kernels and lets cuBLAS choose, the second sees that nothing is left to do.
 _WARMUP_RUNS = 2
@@ -33,6 +34,9 @@ class GraphedPasses:
         parameters: Those that get gradients.
         inputs: Tensors of the shapes, dtypes and device of all micro batches to come.
         accumulates: Whether steps have more than one micro batch.
+        mean: Taken of the gradients of several processes, inside of the graph; they capture at the same time. Goes with
+            steps of one micro batch.
+        before_capture: Called when kernels are compiled and memory was enough, with gradients there.
     """
 
     def __init__(
@@ -42,7 +46,11 @@ class GraphedPasses:
         inputs: Mapping[str, Tensor],
         *,
         accumulates: bool,
+        mean: GradientMean | None = None,
+        before_capture: Callable[[], object] = lambda: None,
     ) -> None:
+        if accumulates and mean is not None:
+            raise ValueError("gradients that add up over micro batches are exchanged behind the last one: mean=None")
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._passes = passes
@@ -53,8 +61,13 @@ class GraphedPasses:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.random.fork_rng([device]), torch.cuda.stream(stream):
             for _ in range(_WARMUP_RUNS):
-                passes(dict(self._inputs))
                 self._clear_gradients()
+                passes(dict(self._inputs))
+            before_capture()
+            if mean is not None:
+                mean()  # connects the processes, which a capture could not
+                self._passes = mean.around(passes)
+            self._clear_gradients()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._first, self._first_loss = self._capture(stream)
         self._gradients = [parameter.grad for parameter in self._parameters]
@@ -100,6 +113,45 @@ class GraphedPasses:
     def _clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def capture_together(
+    passes: Callable[[dict[str, Tensor]], Tensor],
+    parameters: Iterable[nn.Parameter],
+    inputs: Mapping[str, Tensor],
+    processes: Processes,
+    *,
+    accumulates: bool,
+    mean: GradientMean | None,
+) -> GraphedPasses | None:
+    """Capture passes in all processes, or in none if one has too little memory; called by all.
+
+    Args:
+        passes: As `GraphedPasses` takes it, and so are those after it.
+        parameters: Those that get gradients.
+        inputs: Of a micro batch.
+        processes: Those of the run.
+        accumulates: Whether steps have more than one micro batch.
+        mean: Taken inside of the graph; None for gradients that stay each process's own.
+
+    Returns:
+        The passes, or None.
+    """
+    graph, has_met = None, False
+
+    def meet() -> None:
+        nonlocal has_met
+        has_met = True
+        # Exchanges that only some begin would never end.
+        if not all(processes.gather(True)):
+            raise torch.OutOfMemoryError("another process has too little memory")
+
+    try:
+        graph = GraphedPasses(passes, parameters, inputs, accumulates=accumulates, mean=mean, before_capture=meet)
+    except torch.OutOfMemoryError:
+        if not has_met:
+            processes.gather(False)
+    return graph if all(processes.gather(graph is not None)) else None
 
 
 def uses_graph(config: TrainConfig, device: torch.device, processes: Processes) -> bool:

@@ -54,7 +54,7 @@ from hippos.train.progress import RunProgress
 from hippos.train.schedule import learning_rate_factor
 from hippos.train.sharding import is_sharded, reshard, shard_model
 from hippos.train.signals import StopRequest
-from hippos.train.step_graph import GraphedPasses, uses_graph
+from hippos.train.step_graph import GraphedPasses, capture_together, uses_graph
 from hippos.train.step_numbers import StepNumbers, skip_updates_unless_finite
 from hippos.train.storage import where_to_go_on
 
@@ -270,16 +270,15 @@ class RunTrainer(CheckpointingTrainer):
         """The passes from their graph, which the first micro batch makes."""
         if self._graph is None:
             accumulates = self.args.gradient_accumulation_steps > 1
-            run: Callable[[dict[str, Tensor]], Tensor] = partial(passes, model)
-            if self._mean is not None and not accumulates:
-                run = self._mean.around(run)
-            try:
-                self._graph = GraphedPasses(run, model.parameters(), inputs, accumulates=accumulates)
-                self._has_exchanges_inside = self._mean is not None and not accumulates
-            except torch.OutOfMemoryError:
+            mean = None if accumulates else self._mean
+            self._graph = capture_together(
+                partial(passes, model), model.parameters(), inputs, self.processes, accumulates=accumulates, mean=mean
+            )
+            self._has_exchanges_inside = self._graph is not None and mean is not None
+            if self._graph is None:
                 if self.config.run.cuda_graph:
-                    raise
-                self._uses_graph = self._has_exchanges_inside = False
+                    raise torch.OutOfMemoryError("there is no memory for a CUDA graph of the passes")
+                self._uses_graph = False
                 self.progress.note("There is no memory for a CUDA graph of the passes: the host launches them")
         if self._graph is None:
             model.zero_grad()
@@ -375,6 +374,8 @@ class RunTrainer(CheckpointingTrainer):
                 self._graph = None  # it holds all activations; the next step captures it anew
                 torch.cuda.empty_cache()
                 score = self._score(self.validation)
+            if self._uses_graph and any(self.processes.gather(self._graph is None)):
+                self._graph = None  # all capture anew, or none
             reshard(self.model)
             score = replace(score, nll_sum=sum(self.processes.gather(score.nll_sum)))
             row = {

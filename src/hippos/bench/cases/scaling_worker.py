@@ -94,8 +94,8 @@ class Training:
         self.optimiser = torch.optim.AdamW(groups, fused=True)
         self.ids = self._draw(size.seqlen * (processes.world_size if self.part else 1), size.batch)
         if is_captured:
-            passes = self._passes if self.mean is None else self.mean.around(self._passes)
-            self.graph = GraphedPasses(passes, model.parameters(), {"ids": self.ids}, accumulates=False)
+            inputs = {"ids": self.ids}
+            self.graph = GraphedPasses(self._passes, model.parameters(), inputs, accumulates=False, mean=self.mean)
 
     def _draw(self, seqlen: int, batch: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(1)
