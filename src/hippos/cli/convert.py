@@ -61,7 +61,7 @@ def convert(
 ) -> None:
     """Turn a released H3 checkpoint into a folder that AutoModelForCausalLM.from_pretrained opens.
 
-    No code from the checkpoint is run. What its shapes do not tell, an option must; a preset says all of it.
+    No code from the checkpoint is run. What its shapes do not determine, an option must; a preset implies all of it.
 
     Example:
         hippos convert danfu09/H3-125M h3-125m --tokenizer gpt2

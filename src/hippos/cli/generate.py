@@ -71,7 +71,7 @@ def generate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is written.
+    """Continue a prompt; text is streamed to standard output.
 
     One newline at the end of a prompt from standard input is dropped.
 

@@ -18,7 +18,7 @@ def report(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's numbers as one JSON object too.")] = False,
 ) -> None:
-    """Make one HTML page of a run: curves, configuration, a sample; it needs no network to be read.
+    """Make one self-contained HTML page of a run: curves, configuration, a sample.
 
     Example:
         hippos report runs/demo

@@ -71,7 +71,7 @@ def synthetics(
     list_names: Annotated[bool, typer.Option("--list", help="List mixers and tasks and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
 ) -> None:
-    """Train small models on languages that need recall, and compare what mixes their tokens.
+    """Train small models on synthetic languages that need recall, and compare their mixers.
 
     What DIR holds already is not computed again, so a table that was stopped goes on where it was. With --time-limit
     the exit code is 75 as long as cells are missing.

@@ -43,7 +43,7 @@ def train(
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the whole configuration and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Train a language model; Ctrl-C saves a checkpoint and says how to go on.
+    """Train a language model; Ctrl-C saves a checkpoint and prints the command that resumes.
 
     Example:
         hippos train demo

@@ -23,7 +23,7 @@ class TokenBlocks(Dataset[Tensor]):
 
     Args:
         packed: The corpus.
-        seqlen: Tokens a sequence, at least 1.
+        seqlen: Tokens per sequence, at least 1.
         name: What the corpus is called in messages.
 
     Raises:
@@ -63,8 +63,8 @@ class TokenBlocks(Dataset[Tensor]):
 class BlockOrder(Sampler[int]):
     """Which block comes when, for a whole run: one shuffle of all blocks after the other.
 
-    The order depends on the arguments only and not on any global random state, so that a run that stops and goes on
-    reads what an uninterrupted one would have read.
+    The order depends on the arguments only and not on any global random state, so that a resumed run reads what an
+    uninterrupted one would have read.
 
     Args:
         n_blocks: Blocks in the corpus.
@@ -97,8 +97,8 @@ class BlockOrder(Sampler[int]):
 def micro_batch_rows(batch_size: int, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Which rows of a step's batch one process computes, micro batch by micro batch.
 
-    Rows go out in rounds of ``world_size`` micro batches, so that the rows of a step are the same whatever the number
-    of processes.
+    Rows are dealt out in rounds of ``world_size`` micro batches, so that the rows of a step are the same whatever the
+    number of processes.
 
     Args:
         batch_size: Rows of a step, over all processes; a multiple of the next times ``world_size``.
@@ -153,7 +153,7 @@ class StepBatches(Sampler[list[int]]):
 
 
 def collate_blocks(blocks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Stack blocks to inputs and what is to be predicted.
+    """Stack blocks into inputs and targets.
 
     Args:
         blocks: B blocks of L + 1 ids.

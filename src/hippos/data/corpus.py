@@ -122,14 +122,14 @@ class Part(Corpus):
 
 
 def split_corpus(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
-    """Set part of a corpus aside for validation.
+    """Hold out part of a corpus for validation.
 
     Every k-th document validates, k = ceil(1 / fraction), so that the choice depends on nothing but the order. A
     corpus of fewer than k documents gives the last ``fraction`` of each document instead, cut at a line end.
 
     Args:
         corpus: The whole.
-        fraction: Share to set aside, strictly between 0 and 1.
+        fraction: Share to hold out, strictly between 0 and 1.
 
     Returns:
         The training part and the validation part.

@@ -27,7 +27,7 @@ def open_corpus(
     column: str = "text",
     is_streamed: bool = False,
 ) -> Corpus:
-    """Open a corpus by what the user wrote.
+    """Open a corpus from the user's arguments.
 
     Args:
         sources: Text files and folders (read recursively, in sorted order), or exactly one of: ``"stdlib"`` (the

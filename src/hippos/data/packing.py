@@ -134,7 +134,7 @@ def pack(
 
 
 def pack_in_memory(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> PackedTokens:
-    """Encode documents without a trace on disk; for texts that are scored once.
+    """Encode documents in memory only; for texts that are scored once.
 
     Args:
         documents: The texts.

@@ -203,7 +203,7 @@ def merge_positions(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         positions: What `DocumentStream.position` gave in each.
 
     Returns:
-        The position of the run, for any number of processes to go on from.
+        The position of the run, from which any number of processes can resume.
     """
     lanes: dict[int, list[int]] = {}
     for position in positions:

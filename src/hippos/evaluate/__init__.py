@@ -1,4 +1,4 @@
-"""Measures of a model: perplexity and bits per byte, and the n-gram models to compare them with."""
+"""Metrics: perplexity and bits per byte, and n-gram models for comparison."""
 
 from __future__ import annotations
 

@@ -75,14 +75,14 @@ def token_nll(
     Windows of ``window`` inputs start every ``stride`` ids; from the second window on only the last ``stride``
     predictions count, so that each has at least ``window - stride`` ids of context. With ``stride`` = ``window`` (the
     default, and what training validates with) windows do not overlap: cheapest, and pessimistic for the first ids of
-    each window. The logits of our models never exist whole, however long the windows.
+    each window. The logits of H3 models are never stored whole, however long the windows.
 
     Args:
         model: A causal language model; put into eval mode for the call and back afterwards.
         tokens: Ids, shape (n,), n >= 2.
-        window: Inputs a window, at least 1.
+        window: Inputs per window, at least 1.
         stride: Inputs from one window's start to the next, from 1 to ``window``.
-        batch_size: Windows a call of the model.
+        batch_size: Windows per call of the model.
         reset_id: Id that opens a document; if given, nothing is carried over from one document to the next.
         part: (i, n): sum only every n-th batch, from the i-th on, for n processes that share the work. Each calls the
             model equally often.
@@ -133,10 +133,10 @@ def score_packed(
     Args:
         model: A causal language model of Transformers.
         packed: The text.
-        window: Inputs a window, at least 1.
+        window: Inputs per window, at least 1.
         stride: Inputs from one window's start to the next; None for ``window``.
         batch_size: Windows computed together.
-        reset_at_documents: Whether no prediction looks behind the beginning of its document.
+        reset_at_documents: Whether predictions are restricted to their own document.
         part: (i, n), the share of one of n processes; see `token_nll`.
         on_progress: Called with the number of ids scored so far.
 
@@ -178,7 +178,7 @@ def score_text(
         model: A causal language model of Transformers.
         tokenizer: Its tokenizer.
         documents: The texts.
-        window: Inputs a window, at least 1.
+        window: Inputs per window, at least 1.
         stride: Inputs from one window's start to the next; None for ``window``.
         batch_size: Windows computed together.
         on_progress: Called with the number of ids scored so far.

@@ -1,4 +1,4 @@
-"""Writing text with a language model: prompts read in parallel, tokens written in steps, sampled, streamed, batched."""
+"""Text generation: parallel prefill, step by step decoding, sampling, streaming, batches."""
 
 from __future__ import annotations
 

@@ -18,15 +18,15 @@ from hippos.generate.text import encode_prompt
 
 @dataclass(frozen=True)
 class BatchReport:
-    """How a file of prompts was worked off.
+    """What `answer_file` did.
 
     Attributes:
         n_prompts: Prompts in the file, broken lines not counted.
-        n_before: Those that had their answer already.
-        n_answered: Those that were answered now.
-        n_new_tokens: Tokens written now.
-        seed: Of the random numbers; the line's number tells the prompts' draws apart.
-        broken: Number (from 1) and fault of each line that is no prompt.
+        n_before: Prompts that had an answer already.
+        n_answered: Prompts answered now.
+        n_new_tokens: Tokens generated now.
+        seed: Seed of the random numbers; each prompt has its own, by the number of its line.
+        broken: Number (from 1) and error of each line that is no prompt.
     """
 
     n_prompts: int
@@ -56,21 +56,21 @@ def answer_file(
 ) -> BatchReport:
     """Continue each prompt of a file, and add the answers to another as they are finished.
 
-    A line of prompts is a JSON object with a ``prompt``, whose other fields are handed through, or a JSON string; blank
-    lines are passed over. A line of answers is that object with ``line``, ``text``, ``finish_reason``,
+    A line of prompts is a JSON object with a ``prompt``, whose other fields are copied to the answer, or a JSON string;
+    blank lines are skipped. A line of answers is that object with ``line``, ``text``, ``finish_reason``,
     ``n_prompt_tokens``, ``n_new_tokens`` and ``seed``. If ``answers`` exists, only the lines without an answer are
-    worked on.
+    processed.
 
     Args:
         generator: With a tokenizer.
         prompts: The file of prompts, UTF-8.
         answers: The file of answers.
-        sampling: How tokens are chosen; without a seed, that of the answers that are there.
-        batch_size: Prompts written together.
+        sampling: How tokens are chosen; without a seed, that of the existing answers.
+        batch_size: Prompts per batch.
         on_progress: Called with the prompts done so far and all of them.
 
     Returns:
-        What was done, and which lines were broken.
+        What was done, and which lines were malformed.
 
     Raises:
         ConfigError: If ``answers`` holds something else than answers to these prompts, or of another seed or length.

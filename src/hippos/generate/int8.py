@@ -17,24 +17,24 @@ _WEIGHTS_AT_ONCE = 2**24
 
 
 def quantise_int8(model: Any, *, device: torch.device | None = None) -> None:
-    """Make the weights of a model's linear maps int8, one scale a row, in place; they are only for inference then.
+    """Quantise the weights of a model's linear layers to int8, one scale per row, in place, for inference only.
 
-    What decides the result's quality stays as it is: SSM parameters and states, norms and biases. Each map becomes an
-    `Int8Linear`, that to the vocabulary among them, and decode steps read the weights as they are. On a CPU PyTorch
-    rounds and multiplies; elsewhere torchao rounds, and an embedding that is tied to the map to the vocabulary shares
-    its int8 weight. The memory of the old weights is free afterwards, unless somebody else refers to them.
-    ``save_pretrained`` is refused afterwards, as ``from_pretrained`` would put new random weights in the int8 ones'
-    place: rounding what was saved before takes seconds.
+    SSM parameters and states, norms and biases are not quantised. Each layer becomes an `Int8Linear`, the output layer
+    included, and decode steps read the int8 weights directly. On a CPU PyTorch rounds and multiplies; elsewhere torchao
+    rounds, and an embedding that is tied to the output layer shares its int8 weight. The memory of the old weights is
+    free afterwards, unless somebody else refers to them. ``save_pretrained`` is refused afterwards, as
+    ``from_pretrained`` would put new random weights in the int8 ones' place: rounding what was saved before takes
+    seconds.
 
     Args:
-        model: A causal language model of Transformers; for a CUDA device in bfloat16 or float16, with maps whose inputs
-            are multiples of 64.
+        model: A causal language model of Transformers; for a CUDA device in bfloat16 or float16, with layers whose
+            inputs are multiples of 64.
         device: Where the whole model is, or moves; None: where it is. Weights move there one by one, to be rounded, so
             that the device need not hold those that they come from.
 
     Raises:
-        UnsupportedError: If the model has no plain linear maps, or if it is not for a CPU and torchao is not installed,
-            or if the kernels do not take its dtype, its widths or its GPU. The model is as it was then.
+        UnsupportedError: If the model has no plain linear layers, or if it is not for a CPU and torchao is not
+            installed, or if the kernels do not take its dtype, its widths or its GPU. The model is then unchanged.
     """
     place = model.device if device is None else device
     linears = {id(module): module for module in model.modules() if is_plain_linear(module)}

@@ -23,7 +23,7 @@ def load_text_model(
     device: str | torch.device = "auto",
     int8: bool = False,
 ) -> tuple[Any, Any]:
-    """Open a model for writing text.
+    """Load a model for generation.
 
     Args:
         name: A model folder, a training run's folder, or the name of a model on the Hugging Face hub.

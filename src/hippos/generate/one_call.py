@@ -31,7 +31,7 @@ def generate(
 
     Args:
         model: A causal language model, as for `Generator`.
-        input_ids: Prompts, shape (B, L), or a list of texts; as for `Generator.stream`.
+        input_ids: Prompts, shape (B, L), or a list of sequences; as for `Generator.stream`.
         tokenizer: As for `Generator`; stop strings need one.
         max_new_tokens: As in `Sampling`.
         temperature: As in `Sampling`; 0 takes the most probable token.
@@ -47,7 +47,7 @@ def generate(
             ``rows``, ``keep_state`` and ``on_tokens`` of `Generator.generate`.
 
     Returns:
-        Tokens, texts and all that was asked for.
+        Tokens, texts and everything else that was asked for.
 
     Raises:
         ConfigError: If a value is out of its range.

@@ -24,19 +24,19 @@ _STEPS_AHEAD = 256
 
 @dataclass(frozen=True)
 class Sampling:
-    """The choices of one generation; the same values with the same model and prompt give the same text.
+    """Settings of one generation; the same values with the same model and prompt give the same text.
 
-    The cuts apply in the order of Transformers: repetition penalty, temperature, top-k, top-p, min-p.
+    They apply in the order of Transformers: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        max_new_tokens: Most tokens to write, at least 1.
+        max_new_tokens: Maximum number of new tokens, at least 1.
         temperature: Divides the logits; 0 takes the most probable token (greedy).
         top_k: Only the ``top_k`` most probable tokens are drawn from, if given.
         top_p: Only the most probable tokens whose probabilities reach ``top_p`` in sum, in (0, 1], if given.
         min_p: Only tokens at least ``min_p`` times as probable as the most probable one, in [0, 1], if given.
-        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens that the text already
-            holds; above 1 against repetition, 1 for none.
-        seed: Of the random numbers; without one each generation draws its own.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens that the sequence already
+            contains; above 1 against repetition, 1 for none.
+        seed: Seed of the random numbers; None draws one for each generation.
         stop: Strings that end the text; none of them is part of it.
 
     Raises:

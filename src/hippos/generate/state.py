@@ -33,16 +33,16 @@ LayerState = H3State | Tensor | KeyValues
 
 @dataclass
 class GenerationState:
-    """All that a model needs to go on with B texts, ragged or not.
+    """State of a model after B sequences, ragged or not, to continue from.
 
     Attributes:
         layers: For each layer `H3State` (its keys begin at ``ring``), the one tensor of another SSM layer, or
             `KeyValues`.
-        lengths: Tokens of each text so far, shape (B,), int64, on the device.
+        lengths: Tokens of each sequence so far, shape (B,), int64, on the device.
         n_tokens: The same on the host.
         hidden: The normalised stream at the last tokens, shape (B, D): the next tokens' logits are one product away.
-        seen: True at tokens that a text holds, shape (B, V).
-        ring: Steps since the last reading, shape (1,), int64: the keys of the shift states lie in a ring, see
+        seen: True at tokens that a sequence contains, shape (B, V).
+        ring: Steps since the last prefill, shape (1,), int64: the keys of the shift states lie in a ring, see
             `hippos.ops.h3_step`.
         model: The model whose state it is.
     """
@@ -101,7 +101,7 @@ class GenerationState:
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, the first axis of each counting the texts."""
+        """Names and tensors; the first axis of each counts sequences."""
         for i, layer in enumerate(self.layers):
             if isinstance(layer, KeyValues):
                 yield f"layers.{i}.keys", layer.keys
@@ -116,17 +116,17 @@ class GenerationState:
         yield "seen", self.seen
 
     def clear(self) -> None:
-        """Go back to before the first token, in place; keys and values behind a row's length are never looked at."""
+        """Reset to before the first token, in place; keys and values beyond a row's length are never read."""
         parts = [part for layer in self.layers if not isinstance(layer, KeyValues) for part in _parts(layer)]
         torch._foreach_zero_([*parts, self.lengths, self.seen, self.ring])
         self.n_tokens = [0] * self.batch
 
     def rows(self, start: int, stop: int) -> GenerationState:
-        """A view of neighbouring texts: what changes in it changes here, but for the host's ``n_tokens``."""
+        """A view of consecutive sequences that shares their tensors, but not the host's ``n_tokens``."""
         return self._map(lambda tensor: tensor[start:stop], self.n_tokens[start:stop], ring=self.ring)
 
     def select(self, rows: Sequence[int]) -> GenerationState:
-        """Copy some texts, each as often as it is named."""
+        """Copy some sequences, each as often as it is named."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.lengths.device)
         n_tokens = [self.n_tokens[row] for row in rows]
         return self._map(lambda tensor: tensor.index_select(0, index), n_tokens, ring=self.ring.clone())
@@ -136,13 +136,13 @@ class GenerationState:
         return self.select(range(self.batch))
 
     def fork(self, n: int) -> GenerationState:
-        """Copy each text ``n`` times, to go on with it in ``n`` ways.
+        """Copy each sequence ``n`` times, to continue it in ``n`` ways.
 
         Args:
-            n: Copies of each text, at least 1; those of one text are neighbours.
+            n: Copies of each sequence, at least 1; they are consecutive.
 
         Returns:
-            A state of n times as many texts.
+            A state of n times as many sequences.
 
         Raises:
             ValueError: If ``n`` is less than 1.
@@ -152,11 +152,11 @@ class GenerationState:
         return self.select([row for row in range(self.batch) for _ in range(n)])
 
     def copy_from(self, other: GenerationState, rows: Sequence[int] | None = None) -> None:
-        """Take over the texts of another state, in place.
+        """Copy the sequences of another state into this one.
 
         Args:
-            other: A state of the same model, whose texts fit into the attention layers' room.
-            rows: Where its texts go; None: to the first rows.
+            other: A state of the same model, whose sequences fit into the attention layers' caches.
+            rows: Rows to copy to; None: the first ones.
         """
         targets = list(range(other.batch)) if rows is None else list(rows)
         if targets == list(range(self.batch)):
@@ -194,7 +194,7 @@ class GenerationState:
         self.n_tokens[:] = other.n_tokens
 
     def settle(self) -> None:
-        """Bring the keys of the shift states into their order, oldest first from place 0, in place."""
+        """Reorder the keys of the shift states, oldest first from place 0, in place."""
         if not any(self.n_tokens):  # nothing to order, nor to wait for the device for
             self.ring.zero_()
             return

@@ -41,14 +41,14 @@ _FIELDS = (
 
 
 def save_state(state: GenerationState, path: str | os.PathLike[str]) -> None:
-    """Save a state; a file of that name is replaced once the new one is complete.
+    """Save a state; an existing file is replaced once the new one is complete.
 
     Args:
         state: From `Generator.read` or `Generated.state`.
         path: The file.
 
     Raises:
-        OSError: If it cannot be written; a file that was there before is whole then.
+        OSError: If it cannot be written; an existing file is then unchanged.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -83,7 +83,7 @@ def load_state(path: str | os.PathLike[str], model: Any) -> GenerationState:
         The state, on the model's device.
 
     Raises:
-        StateError: If the file is damaged, no state file, or another model's.
+        StateError: If the file is damaged, is no state file, or belongs to another model.
         FileNotFoundError: If there is no such file.
         UnsupportedError: If the model is no H3 model.
     """

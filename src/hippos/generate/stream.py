@@ -50,9 +50,9 @@ class NewTokens:
     """One step of all rows.
 
     Attributes:
-        tokens: For each row its new token, None behind its end.
+        tokens: New token of each row, None after its end.
         log_probs: Their log-probabilities, if asked for.
-        pieces: For each row the text that its token freed, often none; whole characters, no part of a stop string. None
+        pieces: Text that each row's token completes, often empty; whole characters, no part of a stop string. None
             without a tokenizer.
     """
 
@@ -62,12 +62,12 @@ class NewTokens:
 
 
 class TokenStream(Iterator[NewTokens]):
-    """An iterator over `NewTokens`, from `Generator.stream`; what it has given so far can be looked at any time.
+    """An iterator over `NewTokens`, from `Generator.stream`; what it has yielded so far can be read at any time.
 
     Attributes:
         new_tokens: For each row its tokens so far.
         log_probs: For each row their log-probabilities, if asked for.
-        finish_reasons: For each row why it ended, or None while it goes on.
+        finish_reasons: Why each row ended, or None while it continues.
         seed: Of the random numbers.
         ends: Which tokens end a text.
     """
@@ -141,7 +141,7 @@ class TokenStream(Iterator[NewTokens]):
 
     @property
     def state(self) -> GenerationState:
-        """What the model remembers of prompts and new tokens; there once the stream is exhausted.
+        """State after prompts and new tokens; available once the stream is exhausted.
 
         Raises:
             RuntimeError: If the stream is not exhausted, or was made without ``keep_state``.
@@ -163,13 +163,13 @@ class TokenStream(Iterator[NewTokens]):
         self._is_closed = True
 
     def padded_tokens(self) -> Tensor:
-        """New tokens so far, shape (B, n), the padding token behind the end of a row."""
+        """New tokens so far, shape (B, n), the padding token after the end of a row."""
         longest = max(len(row) for row in self.new_tokens)
         rows = [row + [self.ends.pad] * (longest - len(row)) for row in self.new_tokens]
         return torch.tensor(rows, dtype=torch.long, device=self._device)
 
     def padded_log_probs(self) -> Tensor | None:
-        """Their log-probabilities, shape (B, n), 0 behind the end of a row; None if they were not asked for."""
+        """Their log-probabilities, shape (B, n), 0 after the end of a row; None if they were not asked for."""
         if self.log_probs is None:
             return None
         longest = max(len(row) for row in self.log_probs)

@@ -19,11 +19,11 @@ class GeneratedText:
 
     Attributes:
         prompt: The prompt.
-        text: What the model wrote after it.
+        text: The continuation.
         finish_reason: "length" after ``max_new_tokens``, "eos" at the end-of-text token, "stop" at a stop string.
-        seed: Of the random numbers; with it the same text comes again.
+        seed: Seed of the random numbers; it reproduces the text.
         n_prompt_tokens: Tokens of the prompt.
-        n_new_tokens: Tokens written, that of the end included.
+        n_new_tokens: New tokens, the end token included.
         first_token_s: Seconds from the start to the first token.
         rest_s: Seconds for all tokens after the first.
     """
@@ -48,7 +48,7 @@ class GeneratedText:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of text as the model writes them, as `stream_text` returns it; `result` holds the whole at the end."""
+    """Iterator over pieces of generated text, from `stream_text`; `result` holds the whole at the end."""
 
     def __init__(self, generator: Generator, prompt: str, sampling: Sampling) -> None:
         self.prompt = prompt
@@ -76,7 +76,7 @@ class TextStream(Iterator[str]):
 
     @property
     def n_new_tokens(self) -> int:
-        """Tokens written so far."""
+        """New tokens so far."""
         return len(self._steps.new_tokens[0])
 
     @property
@@ -104,14 +104,14 @@ class TextStream(Iterator[str]):
 def stream_text(
     model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None, *, context: int | None = None
 ) -> TextStream:
-    """Continue ``prompt``, piece by piece as the model writes.
+    """Continue ``prompt``, yielding text as it is generated.
 
     Args:
         model: A causal language model in Transformers' conventions, in evaluation mode.
         tokenizer: Its tokenizer.
         prompt: The text to continue, at least one token long.
         sampling: How tokens are chosen and when the text ends; the defaults of `Sampling` if left out.
-        context: Room in the attention layers, as for `Generator`.
+        context: Length of the attention layers' caches, as for `Generator`.
 
     Returns:
         An iterator over non-empty pieces of text, each of whole characters, without any part of a stop string. Its

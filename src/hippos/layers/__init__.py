@@ -1,4 +1,4 @@
-"""Layers: modules that map tokens (B, L, D) to tokens (B, L, D), one idea a file, and the SSMs inside them."""
+"""Layers: modules that map tokens (B, L, D) to tokens (B, L, D), one per file, and the SSMs inside them."""
 
 from hippos.layers.attention import CausalSelfAttention
 from hippos.layers.dss import DSS

@@ -17,18 +17,18 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and the tokens before it.
+    """Causal multi-head self-attention.
 
     Args:
         d_model: Width D of the tokens.
         n_heads: Number of heads H, a divisor of D; the head width is P = D/H.
-        rotary_dim: Coordinates of each head that a rotary position embedding turns, even and at most P; 0 for no
+        rotary_dim: Coordinates of each head that a rotary position embedding rotates, even and at most P; 0 for no
             position embedding.
         learned_positions: Positions with a learned embedding, which is added to the tokens; 0 for none. Longer
             sequences are refused.
         rotary_base: Base of its wavelengths.
         dropout: Probability of dropping an attention weight in training.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Their dtype.
 
     Attributes:
@@ -80,9 +80,9 @@ class CausalSelfAttention(nn.Module):
             u: Tokens, shape (B, L, D).
             position_ids: Positions for the rotary or learned embedding, shape (B, L), (1, L) or (L,), integers; None
                 counts from 0. Unused without either.
-            attend: What to do with the queries, keys (both turned already) and values, each (B, H, L, P); gives the
-                heads' outputs in the same shape. A model plugs in its cache, masks and attention kernels here. None is
-                causal attention over these L tokens with scale 1/sqrt(P).
+            attend: Maps queries, keys (both already rotated) and values, each (B, H, L, P), to the heads' outputs of
+                the same shape. A model plugs in its cache, masks and attention kernels here. None is causal attention
+                over these L tokens with scale 1/sqrt(P).
 
         Returns:
             Tokens, shape (B, L, D).
@@ -90,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         Raises:
             ValueError: If ``u`` or ``position_ids`` has the wrong shape, or there are more tokens than learned
                 positions.
-            TypeError: If ``u`` is no tensor, or has not the parameters' dtype outside of autocast.
+            TypeError: If ``u`` is no tensor, or, outside of autocast, does not have the parameters' dtype.
         """
         check_tokens(u, "(B, L, D)", 3, self.d_model, self.qkv_proj)
         batch, seqlen, _ = u.shape

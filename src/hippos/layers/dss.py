@@ -18,15 +18,15 @@ class DSS(ActivatedSSMLayer):
     """Mix the tokens of a sequence: a DSS over each channel, GELU, a linear map with or without GLU.
 
     With ``real_type="none"`` a mode may grow: whole sequences of at most ``l_max`` tokens are convolved with a filter,
-    packed documents are refused, and so are states as long as some mode grows. What is not said here is
-    `ActivatedSSMLayer`'s.
+    packed documents are refused, and so are states as long as some mode grows. Other arguments are those of
+    `ActivatedSSMLayer`.
 
     Args:
         form: "exp" or "softmax".
         l_max: Length over which "softmax" normalises a mode; needed for it, not read otherwise. The model is
             another one with another ``l_max``.
         n_ssm: As for every kind, but 1, as published, unless said otherwise.
-        init: Start of the frequencies: "diag-legs" (as published), "diag-lin", "diag-inv" or "diag".
+        init: Initial frequencies: "diag-legs" (as published), "diag-lin", "diag-inv" or "diag".
         real_type: As for `S4D`, but "none" is for "softmax" only and leaves the sign free (as published).
 
     Attributes:

@@ -15,7 +15,7 @@ class GSS(SSMLayer):
     """Mix the tokens of a sequence causally: out_proj(GELU(gate_proj u) * expand_proj(SSM(LN(GELU(in_proj u))))).
 
     The gate is wide (``d_gate`` channels), the SSM narrow (``n_heads`` channels). The normalisation of u and the
-    residual connection that belong to the published layer are the block's around it. Whole sequences, pieces, packed
+    residual connection that belong to the published layer are the block's around it. Whole sequences, chunks, packed
     documents and single steps as for `H3`; the state is a tensor, (B, H, M, 2).
 
     Args:
@@ -26,7 +26,7 @@ class GSS(SSMLayer):
         is_imag_exp: Whether the SSM's frequencies are stored as logarithms.
         layer_norm_eps: Epsilon of the normalisation before the SSM.
         ssm_lr: Ceiling of the learning rate of the SSM's dynamics (see `param_groups`); 0 freezes them.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Dtype of the projections; SSM parameters are float32 (float64 for float64).
 
     Attributes:

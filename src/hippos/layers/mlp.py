@@ -16,7 +16,7 @@ class MLP(nn.Module):
     Args:
         d_model: Width D of the tokens.
         d_ff: Inner width.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Their dtype.
 
     Attributes:
@@ -47,7 +47,7 @@ class MLP(nn.Module):
 
         Raises:
             ValueError: If the last axis is not D long, or there is no token.
-            TypeError: If ``u`` is no tensor, or has not the parameters' dtype outside of autocast.
+            TypeError: If ``u`` is no tensor, or, outside of autocast, does not have the parameters' dtype.
         """
         return self.narrow(self.widen(u))
 

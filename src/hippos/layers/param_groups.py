@@ -13,7 +13,7 @@ _UNDECAYED_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class ParamGroup(TypedDict):
-    """One group as ``torch.optim`` takes it; ``name`` travels along for logs."""
+    """One group as ``torch.optim`` takes it; ``name`` is for logs."""
 
     name: str
     params: list[nn.Parameter]
@@ -46,7 +46,7 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[Para
 
     Source:
         The recipe of Fu et al. 2023 (arXiv:2212.14052). Their public code decays C like a weight matrix; we do not,
-        since decay pulls an SSM towards silence.
+        since decay drives an SSM's output to zero.
     """
     if not lr >= 0 or not weight_decay >= 0:
         raise ValueError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}")

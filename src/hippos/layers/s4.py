@@ -15,10 +15,10 @@ from hippos.ops.ssm_dense import dense_advance, dense_filter, dense_response, de
 class S4(ActivatedSSMLayer):
     """Mix the tokens of a sequence: an S4 over each channel, GELU, a linear map with or without GLU.
 
-    Packed documents are refused. A step costs N^2 products a channel. What is not said here is `ActivatedSSMLayer`'s.
+    Packed documents are refused. A step costs N^2 products a channel. Other arguments are those of `ActivatedSSMLayer`.
 
     Args:
-        init: HiPPO matrix of the start: "legs", "fout", "legt" (rank 2), or "hippo": half "legs", half "fout".
+        init: Initial HiPPO matrix: "legs", "fout", "legt" (rank 2), or "hippo": half "legs", half "fout".
 
     Attributes:
         dplr: `DPLRSSM` over the D channels.

@@ -12,15 +12,15 @@ from hippos.layers.ssm_layer import ActivatedSSMLayer, advance_diagonal, convolv
 class S4D(ActivatedSSMLayer):
     """Mix the tokens of a sequence: a diagonal SSM over each channel, GELU, a linear map with or without GLU.
 
-    What is not said here is `ActivatedSSMLayer`'s.
+    Other arguments are those of `ActivatedSSMLayer`.
 
     Args:
         discretisation: "zoh" or "bilinear".
-        init: Start of the frequencies: "diag-lin" (S4D-Lin), "diag-inv" (S4D-Inv), "diag-legs" (S4D-LegS) or "diag".
-        real_type: How the raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid" or "none".
+        init: Initial frequencies: "diag-lin" (S4D-Lin), "diag-inv" (S4D-Inv), "diag-legs" (S4D-LegS) or "diag".
+        real_type: How the raw real part parametrises the decay: "exp", "relu", "softplus", "sigmoid" or "none".
         has_B: Whether the input weights B are trained too; without, they are 1.
-        unit_gain: Whether the channels start with outputs of like size, whatever the frequencies, as the small public
-            S4D does, see `DiagonalSSM`.
+        unit_gain: Whether channels start with outputs of equal variance, whatever their frequencies, as in the small
+            public S4D, see `DiagonalSSM`.
 
     Attributes:
         diag: `DiagonalSSM` over the D channels.

@@ -57,8 +57,8 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         d_state: State size N, even and at least 2; counts conjugates.
         n_ssm: Number of different A and B, a divisor S of H; None for H.
         discretisation: "bilinear" or "zoh".
-        init: Start of A_imag: "diag-lin", "diag-inv", "diag-legs" or "diag", see `ssm_init`. The real part is -1/2.
-        real_type: How A_real stands for -Re A: "exp", "relu", "softplus", "sigmoid" or "none".
+        init: Initial A_imag: "diag-lin", "diag-inv", "diag-legs" or "diag", see `ssm_init`. The real part is -1/2.
+        real_type: How A_real parametrises -Re A: "exp", "relu", "softplus", "sigmoid" or "none".
         has_B: Whether B is a parameter; without it, B is 1 (C can stand for the product).
         unit_gain: Start C as the product with input weights that all heads of one A share, so scaled that what a
             constant input comes to has variance 1, whatever the frequencies. Without it, |C|^2 has mean 1.
@@ -67,8 +67,8 @@ class DiagonalSSM(SSMModule[DiagonalOperators]):
         dt_min: Smallest initial step.
         dt_max: Largest initial step.
         ssm_lr: Ceiling of the learning rate of log_dt, A_real, A_imag and B; 0 freezes them.
-        device: Where the parameters are made.
-        dtype: float64 makes float64 parameters, all else float32.
+        device: Device of the parameters.
+        dtype: float64 gives float64 parameters, anything else float32.
 
     Attributes:
         log_dt: Logarithm of the step, shape (H,).

@@ -38,14 +38,14 @@ class DPLRSSM(SSMModule[DenseOperators]):
         n_heads: Number of heads H.
         d_state: State size N, even and at least 2; counts conjugates.
         n_ssm: Number of different A, P and B, a divisor S of H; None for H.
-        init: HiPPO matrix of the start: "legs", "fout", "legt", or "hippo": the first half of the rows "legs", the
-            others "fout". "legt" has rank 2, the others rank 1.
-        bidirectional: Two outputs for each head, see `DiagonalSSM`.
+        init: Initial HiPPO matrix: "legs", "fout", "legt", or "hippo": the first half of the rows "legs", the others
+            "fout". "legt" has rank 2, the others rank 1.
+        bidirectional: Two outputs per head, see `DiagonalSSM`.
         dt_min: Smallest initial step.
         dt_max: Largest initial step.
         ssm_lr: Ceiling of the learning rate of log_dt, A_real, A_imag, P and B; 0 freezes them.
-        device: Where the parameters are made.
-        dtype: float64 makes float64 parameters, all else float32.
+        device: Device of the parameters.
+        dtype: float64 gives float64 parameters, anything else float32.
 
     Attributes:
         log_dt: Logarithm of the step, shape (H,).

@@ -23,14 +23,14 @@ class DSSM(DiagonalSSM):
         form: "exp" or "softmax".
         l_max: The length of the softmax; needed for it, not read otherwise.
         n_ssm: Number of different A, a divisor S of H; None for H.
-        init: Start of A_imag, see `ssm_init`.
-        real_type: How A_real stands for -Re A. "none" leaves its sign free, for "softmax" only.
-        bidirectional: Two outputs for each head, see `DiagonalSSM`.
+        init: Initial A_imag, see `ssm_init`.
+        real_type: How A_real parametrises -Re A. "none" leaves its sign free, for "softmax" only.
+        bidirectional: Two outputs per head, see `DiagonalSSM`.
         dt_min: Smallest initial step.
         dt_max: Largest initial step.
         ssm_lr: Ceiling of the learning rate of log_dt, A_real and A_imag; 0 freezes them.
-        device: Where the parameters are made.
-        dtype: float64 makes float64 parameters, all else float32.
+        device: Device of the parameters.
+        dtype: float64 gives float64 parameters, anything else float32.
 
     Attributes:
         log_dt: Logarithm of the step, shape (H,).

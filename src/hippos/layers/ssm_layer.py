@@ -21,9 +21,9 @@ from hippos.ops.precision import without_autocast
 class SSMLayer(nn.Module, abc.ABC):
     """Mix the tokens of a sequence by convolving each of H channels with the filter of an SSM.
 
-    The same function in three forms, as for `H3`: `forward` on a whole sequence, `forward` on one piece after the other
-    (``initial_state``, ``return_state``), and `step` token by token. The state is one tensor, (B, H, M, 2): pairs
-    (re, im) of the modes, float32 (float64 in float64 layers).
+    The same function in three forms, as for `H3`: `forward` on a whole sequence, `forward` chunk by chunk
+    (``initial_state``, ``return_state``), and `step` token by token. The state is one tensor, (B, H, M, 2): pairs (re,
+    im) of the modes, float32 (float64 in float64 layers).
 
     Args:
         d_model: Width D of the tokens.
@@ -104,9 +104,9 @@ class SSMLayer(nn.Module, abc.ABC):
 
         Args:
             u: Tokens, shape (B, L, D), L >= 1, dtype of the projections (any under autocast).
-            initial_state: State after the tokens before these, as `init_state` shapes it; None for a fresh start. Not
+            initial_state: State after the tokens before these, as `init_state` shapes it; None to start from zero. Not
                 changed.
-            return_state: Whether to give the state after the last token too.
+            return_state: Whether to return the state after the last token too.
             cu_seqlens: Bounds of packed documents, shape (n_docs + 1,), int32, from 0 to L; needs B = 1. Each document
                 starts from its own state, and the first axis of states counts documents.
             mask: Real tokens, shape (B, L), bool or integer; where it is 0, the SSM's input is zeroed, so that padding
@@ -140,7 +140,7 @@ class SSMLayer(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def step(self, u: Tensor, state: Tensor) -> Tensor:
-        """Mix in one more token of each sequence; costs the same at every position. No gradients flow.
+        """Mix one more token of each sequence, at a cost independent of the position. Not differentiable.
 
         Args:
             u: The tokens, shape (B, D) or (B, 1, D), dtype of the projections.
@@ -229,7 +229,7 @@ class ActivatedSSMLayer(SSMLayer):
         bidirectional: Whether each channel has a second filter, over the tokens that follow; without it the layer is
             causal.
         ssm_lr: Of every kind: ceiling of the learning rate of the SSM's dynamics (see `param_groups`); 0 freezes them.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Dtype of the projection; SSM parameters are float32 (float64 for float64).
 
     Attributes:

@@ -24,9 +24,9 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
 
     * Parameters are float32 whatever happens around them: ``.half()``, ``.bfloat16()``, ``.to(dtype)`` here or on any
       module above move them but do not round them, since 8 bits of mantissa destroy the phases of slow modes. Only
-      float64 (``.double()``) is taken over.
+      float64 (``.double()``) changes their dtype.
     * Calling the module gives the operators, so that hooks on a module's call (FSDP gathers parameters in one) work.
-    * Without gradients, `operators` with ``reuse=True`` answers from memory while the parameters are unchanged: a
+    * Without gradients, `operators` with ``reuse=True`` returns a cached result while the parameters are unchanged: a
       decode step does not discretise again.
 
     Args:
@@ -55,7 +55,7 @@ class SSMModule(nn.Module, abc.ABC, Generic[Operators]):
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, with torch's global random generator; does nothing on the meta device."""
+        """Draw new parameters with torch's global random generator; does nothing on the meta device."""
 
     def operators(self, *, reuse: bool = False) -> Operators:
         """Give the operators, as a call of the module does.

@@ -31,8 +31,8 @@ class ShiftSSM(SSMModule[ShiftOperators]):
         d_model: Number of channels D.
         d_state: Remembered steps N, at least 2.
         ssm_lr: Ceiling of the learning rate of ``B``; 0 freezes it.
-        device: Where the parameters are made.
-        dtype: float64 makes float64 parameters, all else float32.
+        device: Device of the parameters.
+        dtype: float64 gives float64 parameters, anything else float32.
 
     Attributes:
         B: Input weights, shape (D, N).

@@ -20,8 +20,8 @@ class UnitStepSSM(SSMModule[DiagonalOperators]):
         d_state: State size N, even; M = N/2 complex modes.
         is_imag_exp: Whether A_imag is the logarithm of the imaginary part.
         ssm_lr: Ceiling of the learning rate of A_real and A_imag; 0 freezes them.
-        device: Where the parameters are made.
-        dtype: float64 makes float64 parameters, all else float32.
+        device: Device of the parameters.
+        dtype: float64 gives float64 parameters, anything else float32.
 
     Attributes:
         A_real: Logarithm of the decay, shape (M,).

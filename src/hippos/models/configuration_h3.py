@@ -24,7 +24,7 @@ class H3Config(PreTrainedConfig):
 
     The names are those that Transformers' tools look for; `head_dim` is the H3 layer's (a head of the attention layers
     has ``hidden_size / num_attention_heads`` channels, see `attention_head_dim`). The defaults are the 125M model
-    without attention layers. Beside the fields, ``attn_layers=(6,)`` says which layers are attention.
+    without attention layers. Beside the fields, ``attn_layers=(6,)`` sets which layers are attention.
 
     Args:
         vocab_size: Tokens of the vocabulary; logits have as many columns.
@@ -51,10 +51,10 @@ class H3Config(PreTrainedConfig):
         head_layout: Order of the layer's output channels for P > 1: (head, channel) or (channel, head).
         rotary_dim: Channels of each attention head that carry rotary positions, even; 0: none.
         rotary_base: Base of the rotary frequencies.
-        learned_positions: Length of the longest text in a model that learns an embedding of each position, as a
-            Transformer without rotary positions needs; 0: no such embedding, and no longest text.
+        learned_positions: Number of learned position embeddings, as a Transformer without rotary positions needs, and
+            the longest sequence of such a model; 0: none, and any length.
         embedding_dropout: Dropout on the embeddings, in training.
-        residual_dropout: Dropout on what each mixer and MLP adds to the stream, in training.
+        residual_dropout: Dropout on the output of each mixer and MLP, in training.
         attention_dropout: Dropout on the attention weights, in training.
         layer_norm_eps: Epsilon of every LayerNorm.
         initializer_range: Standard deviation of the initial Linear and Embedding weights.
@@ -64,9 +64,9 @@ class H3Config(PreTrainedConfig):
             returned then. 0: all tokens', which are returned.
         tie_word_embeddings: The output product uses the embedding.
         use_cache: Return states and keys by default, outside training.
-        bos_token_id: Token that begins a text.
-        eos_token_id: Token or tokens that end a text.
-        pad_token_id: Token that fills up a batch.
+        bos_token_id: Token that begins a sequence.
+        eos_token_id: Token or tokens that end a sequence.
+        pad_token_id: Padding token.
 
     Raises:
         ConfigError: If a value is out of range or contradicts another.
@@ -162,7 +162,7 @@ class H3Config(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """Length of the longest text, for tools that ask; there is no such attribute where any length goes."""
+        """Longest sequence, for tools that ask; absent where there is no limit."""
         if not self.learned_positions:
             raise AttributeError("an H3 model without learned_positions reads texts of any length")
         return self.learned_positions

@@ -96,13 +96,13 @@ MIXER_FIELDS = tuple(
 
 
 def register_mixer(name: str, layer: Callable[..., nn.Module], *, options: Iterable[str] = ()) -> None:
-    """Let models be made of a layer of your own: ``H3Config(mixer=name)``.
+    """Make your own layer available as ``H3Config(mixer=name)``.
 
-    A model of this mixer is saved, loaded, cached, generated from and trained as the others are; whoever loads it has
-    to register the mixer first. A name that was registered before is replaced, as when a notebook's cell runs again.
+    Models with this mixer are saved, loaded, cached, generated from and trained like the others; register the mixer
+    before loading one. A name that was registered before is replaced, as when a notebook's cell runs again.
 
     Args:
-        name: What `H3Config.mixer` will call it.
+        name: Name for `H3Config.mixer`.
         layer: A class, called as ``layer(hidden_size, **mixer_options)``, with the methods of
             `hippos.layers.SSMLayer` (a subclass has all of them): ``forward(u, *, initial_state=None,
             return_state=False, cu_seqlens=None, mask=None)`` from tokens (B, L, D) to tokens, and to the state after

@@ -61,23 +61,23 @@ class H3Model(H3PreTrainedModel):
         max_length_k: int | None = None,
         context_group: Any = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Read texts.
+        """Compute the hidden states.
 
         Args:
-            input_ids: Token ids below ``vocab_size``, shape (B, L), L >= 1. On a CPU each is checked; a GPU is not made
-                to wait, there `generate` checks the prompt.
-            attention_mask: 1 at real tokens, shape (B, past tokens + L); the real tokens of a text are in one piece.
-                Padding on the left changes nothing for the tokens behind it. With padding on the right the outputs of
-                the tokens before are right, but the states are not to be gone on from: no cache is returned, and asking
-                for one is an error. Or the masks that `generate` prepares for compiled steps, by layer type.
-            position_ids: Positions, shape (B, L) or (1, L). Without padding and cache, a position that is not the one
-                before plus one begins a new document; else only rotary attention and learned positions read them.
+            input_ids: Token ids below ``vocab_size``, shape (B, L), L >= 1. Checked on a CPU; a GPU is not
+                synchronised, there `generate` checks the prompt.
+            attention_mask: 1 at real tokens, shape (B, past tokens + L); the real tokens of a sequence are contiguous.
+                Padding on the left changes nothing for the tokens after it. With padding on the right the outputs
+                before it are right, but the states cannot be continued from: no cache is returned, and asking for one
+                is an error. Or the masks that `generate` prepares for compiled steps, by layer type.
+            position_ids: Positions, shape (B, L) or (1, L). Without padding and cache, a position that does not follow
+                the previous one begins a new document; otherwise only rotary attention and learned positions use them.
             past_key_values: Keys, values and states of the tokens before, updated in place: a `DynamicCache` or
                 `StaticCache` of Transformers. No gradient flows through the SSM layers' states.
             inputs_embeds: Embeddings in place of ``input_ids``, shape (B, L, D).
             use_cache: Whether to return a cache. None: if ``config.use_cache``, outside training, and where it makes
                 sense (not for padding on the right or packed documents).
-            output_hidden_states: Return the stream before each block and the normalised end of it.
+            output_hidden_states: Return the residual stream before each block and the normalised last one.
             output_attentions: Return the attention layers' weights; needs ``attn_implementation="eager"``.
             return_dict: False for a tuple.
             seq_idx: Number of each token's document in a packed batch, shape (B, L).
@@ -214,19 +214,19 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         context_group: Any = None,
         **loss_kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Predict the next token of texts; what is not listed is as in `H3Model.forward`.
+        """Predict next tokens; arguments not explained here are those of `H3Model.forward`.
 
         Args:
             input_ids: Token ids, shape (B, L).
             attention_mask: 1 at real tokens.
-            position_ids: Positions; without mask and cache they tell packed documents apart.
+            position_ids: Positions; without mask and cache they separate packed documents.
             past_key_values: The cache, updated in place.
             inputs_embeds: Embeddings in place of ids.
             labels: Ids to predict, shape (B, L), aligned with ``input_ids`` (the shift by one happens here); -100 for
                 tokens that do not count. The first token of a packed document never counts: nothing before it
                 predicts it.
             use_cache: Whether to return a cache.
-            output_hidden_states: Return the stream before each block and its normalised end.
+            output_hidden_states: Return the residual stream before each block and the normalised last one.
             output_attentions: Return the attention layers' weights.
             return_dict: False for a tuple.
             logits_to_keep: How many logits from the end to compute, 0 for all, or which, a tensor of indices.
@@ -236,8 +236,8 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             max_length_q: Not read.
             max_length_k: Not read.
             num_items_in_batch: The loss is the sum over tokens divided by this, instead of the mean.
-            loss_chunk_tokens: Compute the loss for so many tokens at a time, so that the logits never exist whole (and
-                are None in the output); 0 for all at once. None: ``config.loss_chunk_tokens``.
+            loss_chunk_tokens: Compute the loss for so many tokens at a time, so that all logits never exist at once
+                (and are None in the output); 0 for all at once. None: ``config.loss_chunk_tokens``.
             context_group: Processes that share each sequence. Pass ``shift_labels`` too: the target of a part's last
                 token is in the next part (`hippos.models.context.split_context` makes the arguments).
             **loss_kwargs: For the model's ``loss_function``.
@@ -247,7 +247,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: As `H3Model.forward`.
-            TypeError: As `H3Model.forward`; also for an argument that nobody reads.
+            TypeError: As `H3Model.forward`; also for an unknown argument.
             UnsupportedError: If the loss is asked for in chunks and ``lm_head`` or ``loss_function`` was replaced.
         """
         if loss_kwargs and labels is None:

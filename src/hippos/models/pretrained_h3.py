@@ -19,7 +19,7 @@ from hippos.models.configuration_h3 import H3Config
 
 
 class H3PreTrainedModel(PreTrainedModel):
-    """What all H3 models share: how they are initialised, loaded, compiled and resized."""
+    """Base class of H3 models: initialisation, loading, compilation and resizing."""
 
     config_class = H3Config
     config: H3Config
@@ -43,7 +43,7 @@ class H3PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise what no checkpoint gave; the products that end in the residual stream are scaled by its depth."""
+        """Initialise parameters that no checkpoint gave; products that end in the stream are scaled by the depth."""
         fresh = [linear for linear in self._last_products() if not getattr(linear, "_is_hf_initialized", False)]
         super().initialize_weights()
         for linear in fresh:
@@ -75,7 +75,7 @@ class H3PreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Change the vocabulary; the rows beyond it that only fill up the embedding are given up.
+        """Change the vocabulary; padding rows of the embedding beyond it are dropped.
 
         Args:
             new_num_tokens: Tokens of the new vocabulary; None changes nothing.

@@ -1,4 +1,4 @@
-"""Training: configurations and recipes, the run, and checkpoints that survive a kill at any moment."""
+"""Training: configurations and recipes, the run, and checkpoints that survive a kill at any time."""
 
 from __future__ import annotations
 

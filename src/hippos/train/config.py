@@ -19,21 +19,21 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, how it becomes ids, and how long a sequence is.
+    """The text, its tokenizer, and the length of sequences.
 
     Args:
         corpus: Text files, folders, "stdlib", or one Hugging Face data set (`hippos.data.open_corpus`).
-        validation: The same for validation; empty: a part of the corpus is set aside.
-        validation_fraction: Share that is set aside then.
+        validation: The same for validation; empty: a part of the corpus is held out.
+        validation_fraction: Share that is then held out.
         suffixes: Endings of the files to read in folders.
         split: Split of a Hugging Face data set.
-        validation_split: Its validation split; empty: a part of ``split`` is set aside.
+        validation_split: Its validation split; empty: a part of ``split`` is held out.
         column: Its text column.
         tokenizer: A folder, a Hugging Face name, or "bpe:SIZE" to train byte-level BPE on the corpus.
-        seqlen: Tokens a sequence.
-        streaming: Encode the text while the run goes, instead of all of it before; for corpora too large to store. The
-            first documents validate, unless a validation text is named.
-        reset_at_documents: Start every document from an empty state instead of reading on from the one before.
+        seqlen: Tokens per sequence.
+        streaming: Tokenise during the run, not before it; for corpora too large to store. The first documents are held
+            out, unless a validation text is named.
+        reset_at_documents: Start every document from an empty state instead of continuing from the previous one.
     """
 
     corpus: tuple[str, ...] = ()
@@ -108,11 +108,11 @@ _FROM_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the model learns: AdamW with linear warm-up and cosine decay.
+    """Optimisation: AdamW with linear warm-up and cosine decay.
 
     Args:
         steps: Optimiser steps.
-        batch_size: Sequences a step, over all devices.
+        batch_size: Sequences per step, over all devices.
         micro_batch_size: Sequences a device holds at once; None: all of its share of the batch.
         learning_rate: Peak; SSM parameters have a ceiling of their own (`hippos.layers.param_groups`).
         warmup: Share of the steps in which the rate rises from 0 to its peak.
@@ -165,30 +165,30 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run reports and keeps; may change when a run is resumed.
+    """What a run logs and saves, and how it computes; may change when a run is resumed.
 
     Args:
-        log_steps: Steps from one line of metrics to the next.
-        eval_steps: Steps from one validation to the next; the last step validates always.
+        log_steps: Steps between lines of metrics.
+        eval_steps: Steps between validations; the last step always validates.
         eval_tokens: Validate on the first documents that fit in so many tokens; None: on all.
         eval_batch_size: Sequences of one call in validation.
-        save_steps: Steps from one checkpoint to the next; the last step saves always.
+        save_steps: Steps between checkpoints; the last step always saves.
         keep_checkpoints: Complete checkpoints to keep.
         tensorboard: Write a TensorBoard log beside ``metrics.jsonl``.
-        wandb: Report to Weights & Biases too, through Transformers (its own settings come from WANDB_* variables).
-        parallel: With several processes: "ddp", each holds the whole model, or "fsdp", they share it out (FSDP2).
+        wandb: Also log to Weights & Biases, through Transformers (configured by WANDB_* variables).
+        parallel: With several processes: "ddp", each holds the whole model, or "fsdp", which shards it (FSDP2).
         context_parallel: Processes that share each sequence, for sequences too long for one.
-        activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
-        recompute_cheap_parts: Compute what costs little again in the backward pass: the MLPs' GELUs and the norms
-            before them, on a GPU those before mixers too. No product is computed twice.
+        activation_checkpointing: Recompute each block's activations in the backward pass instead of keeping them.
+        recompute_cheap_parts: Recompute what is cheap in the backward pass: the MLPs' GELUs and the norms before them,
+            on a GPU those before mixers too. No product is recomputed.
         compile: Compile the model's blocks with torch.compile. Blocks of H3 and attention have GPU kernels of their
-            own, which are as fast and take no compilation; compiled blocks do without them.
-        cuda_graph: Replay forward and backward passes from a CUDA graph, so that the host launches one thing a micro
-            batch; on one GPU losses stay what they are bit for bit. None: where that goes, which is on the GPUs of one
-            machine, without FSDP, shared sequences, document resets and activation checkpointing.
-        deterministic: On CUDA, use only algorithms that repeat bit for bit.
+            own, which are as fast and need no compilation; compiled blocks do not use them.
+        cuda_graph: Replay forward and backward passes from a CUDA graph, one launch per micro batch; on one GPU losses
+            are bit-identical. None: where possible, which is on the GPUs of one machine, without FSDP, shared
+            sequences, document resets and activation checkpointing.
+        deterministic: On CUDA, use only bit-reproducible algorithms.
         baselines: After the last step, score unigram and trigram models on the validation text.
-        sample_prompt: After the last step, let the model go on from this text; empty: don't.
+        sample_prompt: After the last step, generate from this prompt; empty: don't.
         sample_tokens: Length of that sample.
     """
 

@@ -111,6 +111,6 @@ class Processes:
 
 
 def leave_processes() -> None:
-    """Part from the other processes, as torch wants it done before the end; nothing happens to a single one."""
+    """Leave the process group, as torch requires before exit; does nothing in a single process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

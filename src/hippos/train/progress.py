@@ -24,7 +24,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class RunProgress:
-    """Reports a run on standard error.
+    """Shows a run's progress on standard error.
 
     Args:
         is_quiet: Say nothing at all.
@@ -83,7 +83,7 @@ class RunProgress:
         self._bar = None
 
     def step(self, step: int, loss: float) -> None:
-        """Move the bar; without one, say where the run is if nothing was said for a while."""
+        """Advance the bar; without one, print a line from time to time."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
         elif self._clock() - self._last_line >= QUIET_SECONDS:

@@ -77,13 +77,13 @@ def train(
 
     The folder ``run`` gets the complete configuration (``run.json``), the tokenizer, ``metrics.jsonl`` and a
     TensorBoard log, checkpoints, and at the end the model, as Transformers saves it, with a ``summary.json``. SIGINT
-    and SIGTERM end the run after the step at hand, with a checkpoint.
+    and SIGTERM end the run after the current step, with a checkpoint.
 
     Args:
         config: What to train; None, only with ``resume``: what the run was started with.
         run: The run's folder.
-        resume: Go on from the last complete checkpoint, bit for bit as if nothing had happened; without one, or without
-            a run in the folder, from the beginning.
+        resume: Resume from the last complete checkpoint, bit-identical to an uninterrupted run; without one, or without
+            a run in the folder, start from the beginning.
         overwrite: Replace the run that the folder holds.
         progress: What the user sees.
 

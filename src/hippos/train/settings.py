@@ -25,7 +25,7 @@ _NOT_THE_MODELS = ("loss_chunk_tokens",)
 
 
 def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
-    """Change a configuration by ``key=value`` texts, in order.
+    """Change a configuration by ``key=value`` strings, in order.
 
     Args:
         config: The configuration to start from.
@@ -36,8 +36,8 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         The changed configuration, checked.
 
     Raises:
-        ConfigError: If a text has no ``=``, a key is unknown (the message gives ours, or the nearest) or ambiguous, or
-            a value does not parse.
+        ConfigError: If a string has no ``=``, a key is unknown (the message gives ours, or the nearest) or ambiguous,
+            or a value does not parse.
     """
     wanted: dict[str, dict[str, Any]] = {}
     for setting in settings:

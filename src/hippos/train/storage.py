@@ -17,7 +17,7 @@ _NEARLY_NOTHING_BYTES = 1 << 20
 
 
 def resume_command(run: Path) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     return f"hippos train --resume --out {shlex.quote(str(run))}"
 
 

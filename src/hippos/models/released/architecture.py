@@ -16,12 +16,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Unsaid:
-    """What the shapes of a checkpoint do not tell; None where the caller does not say either.
+    """What cannot be inferred from the shapes of a checkpoint; None where unknown.
 
     Attributes:
         preset: Name of a preset, which says all of it.
         num_attention_heads: Heads of the attention layers.
-        rotary_dim: Coordinates of each attention head that a rotary embedding turns, 0 for none. Some files tell.
+        rotary_dim: Coordinates of each attention head that a rotary embedding rotates, 0 for none. Some files tell.
         vocab_size: Rows of the embedding that are tokens. With neither this nor a preset, all of them.
         head_layout: Order of an H3 layer's output channels, "hd" or "dh"; matters where its head_dim is above 1.
     """

@@ -91,19 +91,19 @@ def convert_released(
 ) -> Conversion:
     """Convert a released checkpoint into a model folder.
 
-    No code from the checkpoint is run. The folder appears complete or not at all. What is in memory at a time is a
-    part of the checkpoint (see `hippos.models.released.shards`), unless the file is of torch's format before 1.6,
-    which cannot be mapped and is read whole. Discretisation (bilinear) and real_type (exp), which no file tells, are
-    those of every released model.
+    No code from the checkpoint is run. The folder appears complete or not at all. Only a part of the checkpoint is in
+    memory at a time (see `hippos.models.released.shards`), unless the file is of torch's format before 1.6, which
+    cannot be mapped and is read whole. Discretisation (bilinear) and real_type (exp), which no file records, are those
+    of every released model.
 
     H3 heads wider than 1 whose output channels are in the "dh" order are brought into "hd" order, by permuting the
-    columns of ``out_proj``: the folder then computes the same function and needs no option ever after.
+    columns of ``out_proj``: the folder then computes the same function and needs no option.
 
     Args:
         source: A checkpoint file, a folder with one in it, or a hub name such as "danfu09/H3-125M" (which also names
             the preset).
         out: Folder to write; new or empty.
-        unsaid: What the shapes do not tell.
+        unsaid: What cannot be inferred from the shapes.
         file: Which file of a folder or hub repository.
         dtype: "float16", "bfloat16", "float32" or "float64" for all weights but the SSM parameters, which are never
             less than float32; None for what the file has.

@@ -31,21 +31,21 @@ def add_norm(
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add an update to a stream of tokens, and give the sum with its layer norm.
+    """Add an update to the residual stream, and return the sum with its layer norm.
 
-    The update may come without the bias of the product that made it, which is then added here, at no cost; so is its
-    gradient, a sum over all tokens, made here in the pass that makes the others.
+    The update may lack the bias of the product that made it, which is then added here at no cost; the bias's gradient,
+    a sum over all tokens, comes from the same pass as the others.
 
     Args:
         stream: Shape (..., D), any floating dtype.
         update: Shape (..., D), any floating dtype; None to only normalise.
         weight: Of the norm, shape (D,).
         bias: Of the norm, shape (D,).
-        update_bias: What the update lacks, shape (D,), or None.
+        update_bias: Bias that the update lacks, shape (D,), or None.
         eps: Added to the variance.
         dtype: Of the norm's output; None for that of ``stream``.
         impl: "triton" is one pass over the memory each way; "torch" and "reference" are plain PyTorch, on any device;
-            "auto" takes Triton on CUDA devices where it goes.
+            "auto" takes Triton on CUDA devices where supported.
 
     Returns:
         The sum, in the dtype of ``stream`` (``stream`` itself without an update), and its norm. Arithmetic is float32,

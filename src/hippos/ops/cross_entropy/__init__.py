@@ -27,19 +27,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum the cross entropy of ``hidden @ weight.T`` against target ids.
 
-    The gradients are made together with the loss, chunk by chunk, so that a backward pass costs no second product and
-    at most ``chunk_tokens`` rows of logits exist at a time. Under autocast the products run in its dtype; the softmax,
-    the sums and the gradient of ``weight`` are float32 (float64 for float64 inputs).
+    The gradients are computed with the loss, chunk by chunk, so that a backward pass costs no second product and at
+    most ``chunk_tokens`` rows of logits exist at a time. Under autocast the products run in its dtype; the softmax, the
+    sums and the gradient of ``weight`` are float32 (float64 for float64 inputs).
 
     Args:
         hidden: Last hidden states, shape (N, D), any floating dtype.
-        weight: Rows of the output product, shape (rows, D), rows >= ``vocab_size``; float64 as ``hidden`` is or not.
+        weight: Rows of the output product, shape (rows, D), rows >= ``vocab_size``; float64 if and only if ``hidden``
+            is.
         targets: Ids below ``vocab_size``, or ``ignore_index``, shape (N,), int64.
-        vocab_size: Rows that are tokens, the first ones; the others only fill up. None: all.
+        vocab_size: Number of tokens, the first rows; the others are padding. None: all.
         chunk_tokens: Rows of logits at a time, at least 1.
         ignore_index: Target of tokens that do not count.
-        impl: "torch" runs on any device, "triton" makes loss and gradient of the softmax in one pass over the logits;
-            "auto" takes Triton on CUDA devices where it goes.
+        impl: "torch" runs on any device, "triton" computes loss and gradient of the softmax in one pass over the
+            logits; "auto" takes Triton on CUDA devices where supported.
 
     Returns:
         The sum over the tokens that count, nats, a scalar, float32 (float64 for float64). Double backward is refused.

@@ -15,13 +15,13 @@ __all__ = ["embed"]
 
 
 def embed(ids: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """Look up rows; the gradient of a row is the sum of those of its places, in float32 and in a fixed order.
+    """Look up rows of an embedding; its gradient is summed per row in float32 and in a fixed order.
 
     Args:
-        ids: Numbers of rows, any shape, int64 or int32; one out of range fails as in PyTorch, on a GPU later.
+        ids: Row indices, any shape, int64 or int32; one out of range fails as in PyTorch, on a GPU asynchronously.
         weight: Table, shape (rows, D), float16, bfloat16 or float32; "torch" and "reference" take float64 too.
-        impl: "triton" sorts the places by row and sums them in two passes of short programs, where PyTorch takes a
-            pass more; "torch" and "reference" are plain PyTorch; "auto" takes Triton on CUDA devices where it goes.
+        impl: "triton" sorts the indices by row and sums in two passes, one less than PyTorch; "torch" and "reference"
+            are plain PyTorch; "auto" takes Triton on CUDA devices where supported.
 
     Returns:
         Shape (*ids.shape, D), dtype of ``weight``. With kernels, double backward is refused.

@@ -15,16 +15,16 @@ __all__ = ["gelu_mlp"]
 
 
 def gelu_mlp(u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, recomputes: bool = False, impl: Impl = "auto") -> Tensor:
-    """Compute ``GELU(u @ w1.T + b1) @ w2.T`` (tanh form), which lacks its last bias: `add_norm` adds it.
+    """Compute ``GELU(u @ w1.T + b1) @ w2.T`` (tanh form), without the last bias, which `add_norm` adds.
 
     Args:
         u: Tokens, shape (..., D), the dtype of the products.
-        w1: Shape (F, D), any floating dtype; float32 weights get float32 gradients that were never rounded to less.
+        w1: Shape (F, D), any floating dtype; float32 weights get float32 gradients, never rounded to fewer bits.
         b1: Shape (F,).
         w2: Shape (D_out, F), dtype of ``w1``.
-        recomputes: Make the GELU once more in the backward pass instead of keeping it; no product is.
-        impl: "triton" makes all between the products in one pass each way; "torch" and "reference" are plain PyTorch,
-            on any device, and keep what it keeps; "auto" takes Triton on CUDA devices where it goes.
+        recomputes: Recompute the GELU in the backward pass instead of keeping it; no product is recomputed.
+        impl: "triton" computes everything between the products in one pass each way; "torch" and "reference" are plain
+            PyTorch, on any device, and keep what it keeps; "auto" takes Triton on CUDA devices where supported.
 
     Returns:
         Shape (..., D_out), dtype of ``u``. With kernels, double backward is refused.

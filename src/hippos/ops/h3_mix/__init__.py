@@ -110,7 +110,7 @@ def h3_mix(
 
     ``k' = conv(shift_filter, k) + shift_d * k``, ``s[i, j] = conv(K[h], k'[i] v[j]) + d[h] k'[i] v[j]``,
     ``y[j] = sum_i q[i] s[i, j]``, with the filter K of `ssm_filter`. Both convolutions are causal. Any split of a
-    sequence into calls that hand the state on gives the same outputs and states.
+    sequence into calls that pass the state on gives the same outputs and states.
 
     Args:
         q: Queries, shape (B, D, L), any strides; float16, bfloat16, float32 or float64.
@@ -126,12 +126,12 @@ def h3_mix(
         initial_state: State before the first sample, of B sequences, or of n_docs documents with ``cu_seqlens``; zero
             when left out.
         return_state: Return the state after the last sample too.
-        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
-            B must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and
-            check them under HIPPOS_DEBUG=1 alone; elsewhere reading them waits for their device.
+        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing. B
+            must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and check
+            them only under HIPPOS_DEBUG=1; elsewhere reading them synchronises with their device.
         impl: "auto" takes the Triton kernels on CUDA tensors that they support, for up to 64 taps, 32 modes and heads
             of up to 128 channels, and "torch" elsewhere and for export. The kernels read signals of any strides whose
-            last is 1, copy others, and lay y out like ``q``.
+            last is 1, copy others, and give y the memory layout of ``q``.
 
     Returns:
         ``y``, shape (B, D, L), dtype of ``q``, channel order (h, j); with ``return_state``, ``(y, H3State)``.

@@ -11,7 +11,7 @@ from hippos.ops.arguments import PARAMETER_DTYPES, check_tensor, compute_dtype
 
 
 class H3State(NamedTuple):
-    """All that an H3 layer remembers of a sequence, or of each packed document.
+    """State of an H3 layer after a sequence, or after each packed document.
 
     Attributes:
         shift: The last N - 1 keys, raw (before the shift SSM), oldest first, zero before the first sample; shape

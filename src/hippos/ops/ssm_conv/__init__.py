@@ -96,8 +96,8 @@ def ssm_conv(
 
     With v = in_gate * u, computes ``y[t] = out_gate[t] * (sum_s K[s] v[t - s] + d * v[t])`` where
     ``K[l] = 2 Re sum_m c_m b_m exp(l log_a_m)``, which is the recurrence x = Abar x + Bbar v, y = 2 Re sum_m C x read
-    from the new state. A state that is handed in adds what its past sends into y. All arithmetic is in float32, or
-    in float64 for float64 ``u``; parameters, gates and states are cast to that.
+    from the new state. An initial state adds its contribution to y. All arithmetic is in float32, or in float64 for
+    float64 ``u``; parameters, gates and states are cast to that.
 
     Args:
         u: Input, shape (B, H, L), any strides; float16, bfloat16, float32 or float64.
@@ -110,9 +110,9 @@ def ssm_conv(
         initial_state: State before the first sample, shape (B, H, M, 2), or (n_docs, H, M, 2) with ``cu_seqlens``;
             zero when left out.
         return_state: Return the state after the last sample too.
-        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing.
-            B must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and
-            check them under HIPPOS_DEBUG=1 alone; elsewhere reading them waits for their device.
+        cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), int32 or int64, from 0 to L, never decreasing. B
+            must be 1. Each document starts from its own state. The kernels read CUDA offsets where they are, and check
+            them only under HIPPOS_DEBUG=1; elsewhere reading them synchronises with their device.
         impl: "auto" takes the GPU kernels ("triton") on CUDA tensors that they support, and "torch" elsewhere and for
             export: chunks, or, without states and documents, one product up to 64 samples and on a CPU an FFT where
             that is faster (choice.py has the measurements). The kernels copy a signal whose last stride is not 1.
