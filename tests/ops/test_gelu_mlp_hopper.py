@@ -67,7 +67,8 @@ def run(kernel, matrices, *args, n_programs=1, rows=16, columns=16, depth=8, sta
 
     run_program(
         MODULE, kernel, (n_programs, 1), *map(Matrix, matrices), *args,
-        STEPS=-(-matrices[0].shape[1] // depth), STAGES=stages, ROWS=rows, COLUMNS=columns, DEPTH=depth, more=more, **constants,
+        STEPS=-(-matrices[0].shape[1] // depth), STAGES=stages, ROWS=rows, COLUMNS=columns, DEPTH=depth,
+        more=more, **constants,
     )  # fmt: skip
 
 

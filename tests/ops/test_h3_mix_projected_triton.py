@@ -30,8 +30,8 @@ def make_inputs(batch, d_model, seqlen, n_taps, n_modes, dtype, *, has_bias=True
     return [u, *weights, *biases, *layer, random.normal(d_model)], random.normal(batch, seqlen, d_model, dtype=dtype)
 
 
-def in_one(u, *others, cu_seqlens=None):
-    return h3_projected(u, Projections(*others[:8]), *others[8:], cu_seqlens)
+def in_one(u, *others, cu_seqlens=None, keeps_keys=False):
+    return h3_projected(u, Projections(*others[:8]), *others[8:], cu_seqlens, keeps_keys=keeps_keys)
 
 
 def one_by_one(u, *others, cu_seqlens=None):
@@ -116,12 +116,12 @@ def test_packed_documents():
 @pytest.mark.skipif(INTERPRETED, reason="opcheck's tracing does not run Triton's interpreter")
 def test_opcheck():
     inputs, _ = make_inputs(2, 2, 20, 4, 3, torch.float32)
-    opcheck(h3_projected_op, (*leaves(*inputs), None, True))
+    opcheck(h3_projected_op, (*leaves(*inputs), None, True, False))
     inputs, _ = make_inputs(1, 2, 20, 4, 3, torch.float32, has_bias=False)
-    opcheck(h3_projected_op, (*leaves(*inputs), torch.tensor([0, 5, 20]), True))
-    opcheck(h3_projected_op, (*inputs, None, False))
+    opcheck(h3_projected_op, (*leaves(*inputs), torch.tensor([0, 5, 20]), True, False))
+    opcheck(h3_projected_op, (*inputs, None, False, True))
     inputs, _ = make_inputs(2, 2, 20, 4, 3, torch.float32, has_last=False)
-    opcheck(h3_projected_op, (*leaves(*inputs), None, True))
+    opcheck(h3_projected_op, (*leaves(*inputs), None, True, False))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler does not run Triton's interpreter")
@@ -162,6 +162,8 @@ class TestGpu:
         if torch.cuda.get_device_capability() == (9, 0):
             assert leaves_bias(torch.bfloat16, batch, 256, seqlen, 64, 32, dout.device)
         found, again = (gradients_of(in_one, inputs, dout) for _ in range(2))
+        kept = gradients_of(in_one, inputs, dout, keeps_keys=True)
+        assert all(map(torch.equal, kept, found))
         monkeypatch.setattr(projected, "leaves_bias", lambda *_: False)
         usual = gradients_of(in_one, inputs, dout)
         wanted = gradients_of(one_by_one, inputs, dout, torch.float64)

@@ -305,11 +305,16 @@ class H3(nn.Module):
             return ones, k, ones
         return project(self.q_proj, u), k, project(self.v_proj, u)
 
-    def mix_without_bias(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-        """Mix as `forward` does, but leave the bias of ``out_proj`` to the caller; None where only `forward` can."""
-        return self._project_and_mix(u, cu_seqlens, adds_bias=False)
+    def mix_without_bias(self, u: Tensor, cu_seqlens: Tensor | None, keeps_keys: bool = False) -> Tensor | None:
+        """Mix as `forward` does, but leave the bias of ``out_proj`` to the caller; None where only `forward` can.
 
-    def _project_and_mix(self, u: Tensor, cu_seqlens: Tensor | None, *, adds_bias: bool = True) -> Tensor | None:
+        With ``keeps_keys`` the backward pass need not make the shifted keys again, for their memory.
+        """
+        return self._project_and_mix(u, cu_seqlens, adds_bias=False, keeps_keys=keeps_keys)
+
+    def _project_and_mix(
+        self, u: Tensor, cu_seqlens: Tensor | None, *, adds_bias: bool = True, keeps_keys: bool = False
+    ) -> Tensor | None:
         """Go from tokens to tokens in one operator; None where that cannot be."""
         if self.head_dim > 1 or is_exporting():
             return None
@@ -327,7 +332,7 @@ class H3(nn.Module):
             check_offsets(cu_seqlens, batch=u.shape[0])
             if must_read_offsets(cu_seqlens, takes_kernels=True):
                 document_bounds(cu_seqlens, batch=u.shape[0], seqlen=u.shape[1])
-            return h3_projected(u, projections, *shift, *diag, cu_seqlens)
+            return h3_projected(u, projections, *shift, *diag, cu_seqlens, keeps_keys=keeps_keys)
 
     def _order_channels(self, o: Tensor) -> Tensor:
         """Bring the operators' channel order (head, coordinate), on axis 1, into the order of ``head_layout``."""

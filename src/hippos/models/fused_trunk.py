@@ -103,7 +103,7 @@ def run_mixer(
     """Bring the stream up to date, and give it with what the block's mixer adds to it and the bias that this lacks."""
     kept = _add_norm(block.norm1, stream, update, update_bias, product_dtype(stream.device, stream.dtype))
     with _made_again(kept) if _recomputes_cheap_parts(block) else nullcontext():
-        return kept.total, *_mix(block.mixer, kept.normed, layout)
+        return kept.total, *_mix(block.mixer, kept.normed, layout, keeps_keys=not block.recomputes_cheap_parts)
 
 
 def run_mlp(block: Any, stream: Tensor, update: Tensor, update_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def _add_norm(
     )
 
 
-def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+def _mix(mixer: Any, u: Tensor, layout: TokenLayout, *, keeps_keys: bool) -> tuple[Tensor, Tensor | None]:
     if isinstance(mixer, CachedSelfAttention):
         return mixer.mix(u, layout, None)[0], None
     bounds, mixed = layout.cu_seqlens, None
@@ -135,7 +135,7 @@ def _mix(mixer: Any, u: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | N
         mixed = mix_part(mixer, u, layout.context, adds_bias=False)
     elif (bounds is not None or layout.real is None) and _is_untouched(mixer):
         tokens = u if bounds is None else u.reshape(1, -1, u.shape[-1])  # (1, B * L, D)
-        mixed = mixer.mix_without_bias(tokens, bounds)
+        mixed = mixer.mix_without_bias(tokens, bounds, keeps_keys)
     if mixed is not None:
         return mixed.view_as(u), mixer.out_proj.bias
     return mix_ssm(mixer, u, layout, None), None

@@ -34,22 +34,23 @@ from hippos.ops.ssm_conv.kernels import (
 def h3_mix_fwd_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, filter_ptr, skip_ptr,
     taps_ptr, into_ptr, outof_ptr, decay_ptr, exponents_ptr,
-    past_ptr, initial_ptr, state_ptr, saved_ptr, bias_ptr,
+    past_ptr, initial_ptr, state_ptr, saved_ptr, bias_ptr, key_ptr,
     q_stride_b, q_stride_c, k_stride_b, k_stride_c, v_stride_b, v_stride_c, y_stride_b, y_stride_c,
     past_stride_b, past_stride_c, past_stride_s,
     n_heads, seqlen, n_taps, n_total, n_pieces, piece_len, n_tiles, n_groups, groups_per_program, n_saved, n_initial,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr,
     MODES: tl.constexpr, SAVE_SPAN: tl.constexpr, PLANES: tl.constexpr, SHIFT_PLANES: tl.constexpr,
     IS_SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WRITES_BACK: tl.constexpr, HAS_PAST: tl.constexpr, HAS_MORE_PASTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WRITES_BACK: tl.constexpr, WRITES_KEY: tl.constexpr,
+    HAS_PAST: tl.constexpr, HAS_MORE_PASTS: tl.constexpr,
     WANTS_STATE: tl.constexpr, IS_FULL: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Y = q * (conv(K, x) + d x), x = v * (conv(shift filter, k) + skip k), for one channel of some pieces.
 
     Pieces and the states that are written are those of `ssm_conv_fwd_kernel`; ``initial`` is the state before each of
     the first ``n_initial`` pieces, (n_initial, H, 2, MODES). ``bias`` (3, H) is added to q, k and v; with WRITES_BACK
-    q and v are overwritten by the sums. HAS_MORE_PASTS: a program has more groups than one, so that past keys are read
-    inside of its loop, too.
+    q and v are overwritten by the sums. With WRITES_KEY the shifted keys are written to ``key``, which lies like y.
+    HAS_MORE_PASTS: a program has more groups than one, so that past keys are read inside of its loop, too.
     """
     LANES: tl.constexpr = PIECES * SEGMENTS
     ROWS: tl.constexpr = STEPS * LANES
@@ -96,6 +97,7 @@ def h3_mix_fwd_kernel(
     k_ptr += channel.to(tl.int64) * k_stride_c
     v_ptr += channel.to(tl.int64) * v_stride_c
     y_ptr += channel.to(tl.int64) * y_stride_c
+    key_ptr += channel.to(tl.int64) * y_stride_c
 
     carry_re = tl.zeros((PIECES, MODES), tl.float32)
     carry_im = tl.zeros((PIECES, MODES), tl.float32)
@@ -125,6 +127,8 @@ def h3_mix_fwd_kernel(
             key *= two_to(-shift_exponent)
         if HAS_BIAS:
             key += tl.where(start[:, None] == 0, first_bias, later_bias)
+        if WRITES_KEY:
+            store_chunks(key_ptr, key, sequence, delta, y_stride_b, start, is_row, seqlen, CHUNK, IS_FULL, IS_WIDE)
         x, x_exponent = scaled_operand(key * value.to(tl.float32), into.dtype, IS_SCALED)
         w = tl.dot(x, into, input_precision=PRECISION)
         if PLANES == 2:

@@ -39,6 +39,7 @@ def h3_mix_fwd(
     saves_states: bool,
     schedule: Schedule | None = None,
     writes_back: bool = False,
+    key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernel.
 
@@ -50,6 +51,7 @@ def h3_mix_fwd(
         saves_states: Return the states that the backward kernel starts its tiles from (otherwise an empty tensor).
         schedule: Overrides the table, for tests and tuning.
         writes_back: Overwrite q and v by their sums with the bias, as the backward pass needs them.
+        key: Memory for the shifted keys, laid out like y, if they are wanted; for sequences that are not packed.
 
     Returns:
         y, laid out in memory like ``q``; the state, shape (B or n_docs, D, M, 2); the saved states.
@@ -87,7 +89,7 @@ def h3_mix_fwd(
         q, k, v, y, shift_filter, shift_d,
         operators.taps, operators.into, operators.outof, operators.decay, operators.exponents,
         k if past is None else past, y if initial is None else initial, state, saved,
-        shift_d if bias is None else bias,
+        shift_d if bias is None else bias, y if key is None else key,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *y.stride()[:2],
         *((0, 0, 0) if past is None else past.stride()),
         n_heads, seqlen, n_taps, pieces.total, pieces.per_sequence, pieces.length, at.n_tiles, at.n_groups, per_program,
@@ -96,7 +98,7 @@ def h3_mix_fwd(
         STEPS=at.steps, PIECES=at.pieces, SEGMENTS=at.segments, MODES=modes,
         SAVE_SPAN=save_span, PLANES=schedule.planes, SHIFT_PLANES=shift_planes(q.dtype),
         IS_SCALED=schedule.operand == torch.float16, PRECISION=schedule.precision,
-        HAS_BIAS=bias is not None, WRITES_BACK=writes_back, HAS_PAST=past is not None,
+        HAS_BIAS=bias is not None, WRITES_BACK=writes_back, WRITES_KEY=key is not None, HAS_PAST=past is not None,
         HAS_MORE_PASTS=past is not None and per_program > 1, WANTS_STATE=wants_state,
         IS_FULL=is_full(pieces, at, seqlen), IS_WIDE=is_wide(at, seqlen, *(x.stride(0) for x in (q, k, v, y))),
         num_warps=schedule.num_warps, maxnreg=schedule.max_registers,
@@ -113,6 +115,7 @@ def h3_mix_bwd(
     *,
     joint: Tensor | None = None,
     dbias: Tensor | None = None,
+    key: Tensor | None = None,
 ) -> MixGradients:
     """Run the backward kernels.
 
@@ -128,6 +131,7 @@ def h3_mix_bwd(
         saved: States from `h3_mix_fwd`.
         joint: Memory for the gradients of q, k and v, shape (3, B, D, L), each laid out like ``dout``; or None.
         dbias: Memory for the gradient of the bias, (3, D), float32, which q and v then lack as k does; or None.
+        key: The shifted keys, laid out like ``dout``; None or empty to make them again.
 
     Returns:
         The gradients; those of signals laid out like ``dout``.
@@ -136,15 +140,14 @@ def h3_mix_bwd(
     if cu_seqlens is not None:
         return h3_mix_rows_bwd(inputs, cu_seqlens, dout, dstate, saved, joint=joint)
     dq, dk, dv = (torch.empty_like(dout, dtype=x.dtype) for x in inputs[:3]) if joint is None else joint.unbind(0)
-    key = _shift_keys(inputs, dk)
+    key = _shift_keys(inputs, dk) if key is None or key.numel() == 0 else key  # the gradient of k will overwrite them
     diag, biases = Inputs(v, log_a, b, c, d, key, q, initial_state), None
     if dbias is not None and inputs.bias is not None:
         biases = Biases(u=inputs.bias[2], out_gate=inputs.bias[0], du=dbias[2], dout_gate=dbias[0])
     _, dlog_a, db, dc, dd, dkey, _, dinitial = ssm_conv_bwd(
         diag, None, dout, dstate, saved, du=dv, dout_gate=dq, biases=biases
     )
-    # In the place of the shifted keys:
-    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, key, dbias=None if dbias is None else dbias[1])
+    dk, dfilter, dskip = _shift_keys_bwd(inputs, dkey, dk, dbias=None if dbias is None else dbias[1])
     dpast = torch.empty(0, device=q.device)
     if past is not None:
         dpast, more, more_skip = past_keys_adjoint(dkey, past, inputs.shift_filter, inputs.shift_d, None)

@@ -53,6 +53,8 @@ def h3_projected(
     c: Tensor,
     d: Tensor,
     cu_seqlens: Tensor | None = None,
+    *,
+    keeps_keys: bool = False,
 ) -> Tensor:
     """Project tokens, mix them as `h3_mix` does, for heads of one channel, from no state, and project back, unchecked.
 
@@ -67,6 +69,8 @@ def h3_projected(
         c: C, shape (D, M, 2).
         d: Skip weight of the diagonal SSM, shape (D,).
         cu_seqlens: Offsets of packed documents, shape (n_docs + 1,), unchecked, or None.
+        keeps_keys: Whether the backward pass may find the shifted keys in memory, where that is faster, and need not
+            make them again.
 
     Returns:
         Tokens, shape (B, L, D), contiguous, dtype of ``u``.
@@ -75,7 +79,10 @@ def h3_projected(
     tensors = (u, *projections, *parameters)
     saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(u.device).contiguous()
-    tokens: Tensor = _project_and_mix(*tensors, cu_seqlens, saves)[0]
+    if not saves or cu_seqlens is not None or torch.compiler.is_compiling():
+        keeps_keys = False
+    keeps_keys = keeps_keys and leaves_bias(*_sizes(u, projections.q.shape[0], shift_filter, log_a))
+    tokens: Tensor = _project_and_mix(*tensors, cu_seqlens, saves, keeps_keys)[0]
     return tokens
 
 
@@ -98,18 +105,19 @@ def h3_projected_op(
     d: Tensor,
     cu_seqlens: Tensor | None,
     saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keeps_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, then what the backward pass needs (or empty).
 
     That is what `project` gives, q and v with their biases unless `leaves_bias`; what the last projection reads;
-    states; the stacked weights and biases.
+    states; the stacked weights and biases; the shifted keys, empty unless ``keeps_keys``, which needs `leaves_bias`.
     """
     projections = Projections(q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias)
     stacked = stack_projections(projections, u.dtype)
     d_model = q_weight.shape[0]
     product, folds = project(u, stacked, shift_filter.shape[1], log_a.shape[1], cu_seqlens)
     q, k, v = product.unbind(0)
-    layer = (shift_filter, shift_d, log_a, b, c, d)
+    layer, key = (shift_filter, shift_d, log_a, b, c, d), none(u)
     bias = stacked.biases[: 3 * d_model].view(3, -1) if folds and q_bias is not None else None
     if u.device.type != "cuda" and not is_interpreted():
         qkv = product if bias is None else product + bias.to(product.dtype).view(3, 1, -1, 1)
@@ -121,12 +129,16 @@ def h3_projected_op(
         from hippos.ops.h3_mix.launch import h3_mix_fwd
 
         tensors = MixInputs(*laid_out((q, k, v, *layer, None, None)))._replace(bias=bias)
-        writes_back = saves and bias is not None and not leaves_bias(*_sizes(u, d_model, shift_filter, log_a))
-        y, _, states = h3_mix_fwd(tensors, cu_seqlens, wants_state=False, saves_states=saves, writes_back=writes_back)
+        leaves = saves and cu_seqlens is None and leaves_bias(*_sizes(u, d_model, shift_filter, log_a))
+        key = torch.empty_like(k) if keeps_keys else key
+        y, _, states = h3_mix_fwd(
+            tensors, cu_seqlens, wants_state=False, saves_states=saves,
+            writes_back=saves and bias is not None and not leaves, key=key if key.numel() else None,
+        )  # fmt: skip
     tokens = project_back(y, stacked)
     if not saves:
-        return tokens, none(u), none(u), none(u), none(u), none(u)
-    return tokens, product, y, states, stacked.weights, stacked.biases
+        return tokens, none(u), none(u), none(u), none(u), none(u), none(u)
+    return tokens, product, y, states, stacked.weights, stacked.biases, key
 
 
 @h3_projected_op.register_fake
@@ -148,16 +160,18 @@ def _forward_shapes(
     d: Tensor,
     cu_seqlens: Tensor | None,
     saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keeps_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, seqlen, _), d_model = u.shape, q_weight.shape[0]
     tokens = u.new_empty(batch, seqlen, d_model)
     if not saves:
-        return tokens, none(u), none(u), none(u), none(u), none(u)
+        return tokens, none(u), none(u), none(u), none(u), none(u), none(u)
     projections = Projections(q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias)
     weights, biases, _ = allocate_stacked(projections, u.dtype)
     product = u.new_empty(3, d_model, batch, seqlen).transpose(1, 2)
     y = u.new_empty(d_model, batch, seqlen).transpose(0, 1)
-    return tokens, product, y, saved_states(y, log_a, cu_seqlens), weights, biases
+    key = torch.empty_like(y) if keeps_keys else none(u)
+    return tokens, product, y, saved_states(y, log_a, cu_seqlens), weights, biases, key
 
 
 @torch.library.custom_op("hippos::h3_projected_backward", mutates_args=())
@@ -175,6 +189,7 @@ def h3_projected_backward_op(
     states: Tensor,
     weights: Tensor,
     biases: Tensor,
+    key: Tensor,
     dtokens: Tensor,
     dtype: torch.dtype,
     wants_tokens: bool,
@@ -204,7 +219,7 @@ def h3_projected_backward_op(
         from hippos.ops.h3_mix.launch import h3_mix_bwd
 
         tensors = MixInputs(*laid_out((*product.unbind(0), *layer, None, None)))._replace(bias=bias)
-        found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint, dbias=dbias_here)
+        found = h3_mix_bwd(tensors, cu_seqlens, dout, None, states.contiguous(), joint=joint, dbias=dbias_here, key=key)
     du = project_gradient(u, dproduct, weights, dbias if dbias_here is None else None, wants_tokens)
     if not wants_weights:
         return du, none(u), none(u), none(u), *found[3:9]
@@ -227,6 +242,7 @@ def _backward_shapes(
     states: Tensor,
     weights: Tensor,
     biases: Tensor,
+    key: Tensor,
     dtokens: Tensor,
     dtype: torch.dtype,
     wants_tokens: bool,
@@ -250,7 +266,7 @@ def _sizes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, *others, cu_seqlens, _ = inputs
+    u, *others, cu_seqlens, _, _ = inputs
     ctx.dtype = others[0].dtype
     ctx.save_for_backward(u, *others[N_PROJECTIONS:], cu_seqlens, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -259,7 +275,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dtokens: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dtokens is None:
-        return (None,) * (N_PROJECTIONS + 9)
+        return (None,) * (N_PROJECTIONS + 10)
     needs_tokens, *needed = ctx.needs_input_grad[: N_PROJECTIONS + 7]
     wants_weights = any(needed[:N_PROJECTIONS])
     du, dweight, dlast, dbias, *rest = _gradients(*ctx.saved_tensors, dtokens, ctx.dtype, needs_tokens, wants_weights)
@@ -267,7 +283,7 @@ def _backward(ctx: Any, dtokens: Tensor | None, *_: None) -> tuple[Tensor | None
     if wants_weights:
         gradients = projection_gradients(dweight, dlast, dbias)
     gradients = [dx if wanted else None for dx, wanted in zip([*gradients, *rest], needed, strict=True)]
-    return du if needs_tokens else None, *gradients, None, None
+    return du if needs_tokens else None, *gradients, None, None, None
 
 
 h3_projected_op.register_autograd(_backward, setup_context=_save)
