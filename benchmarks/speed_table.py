@@ -21,14 +21,14 @@ BEGIN, END = "<!-- benchmarks/speed_table.py -->\n\n", "\n<!-- end -->"
 # (case, method, text of the row); a text alone is a heading.
 ROWS: tuple[str | tuple[str, str, str], ...] = (
     "*gated causal convolution, forward / with backward*",
-    ("ssm_conv_kernel", "copy", "a copy of its tensors"),
+    ("ssm_conv_kernel", "copy", "copy of its tensors"),
     (
         "ssm_conv_kernel",
         "ssm_conv",
         "[`ssm_conv`](docs/math/flashconv.md), state passing, from the SSM's parameters",
     ),
     ("fft_conv", "fft_conv", "[`fft_conv`](docs/math/fft_conv.md), block FFT, any filter"),
-    ("ssm_conv_kernel", "torch.fft", "the same by `torch.fft`"),
+    ("ssm_conv_kernel", "torch.fft", "the same with `torch.fft`"),
     ("ssm_conv_kernel", "SDPA", "attention of the same tokens (SDPA), 12 heads of 64, forward"),
     "*a whole layer with its projections, forward / with backward*",
     ("h3_layer", "H3 layer", "[`H3`](docs/math/h3_mix.md)"),
@@ -124,12 +124,12 @@ def speed_figure(results: Path, path: Path) -> None:
         for name, method, colour in (("attention", "attention layer", THEIRS), ("H3", "H3 layer", OURS)):
             points = _points(layer, "seqlen", method, both)
             _line(left, name, {seqlen: points[seqlen] * 1e3 for seqlen in points if seqlen <= 32768}, colour)
-        middle.set_title("Training 125M,\n32,768 tokens a step")
+        middle.set_title("Training 125M,\n32,768 tokens per step")
         middle.set_ylabel("thousand tokens/s")
         for name, method, colour in (("GPT-2, compiled", "GPT-2 124M", THEIRS), ("hybrid H3", "H3 hybrid 125M", OURS)):
             points = _points(training, "seqlen", method, step)
             _line(middle, name, {seqlen: 32.768 / points[seqlen] for seqlen in points}, colour)
-        right.set_title("Writing with 1.3B, 128 tokens for each of\n64 prompts, reading included")
+        right.set_title("Generation 1.3B, 128 tokens after each\nof 64 prompts, prefill included")
         right.set_ylabel("thousand tokens/s")
         rows = (
             ("hybrid H3", _points(writing, "prompt_len", "H3, engine", text), OURS),
