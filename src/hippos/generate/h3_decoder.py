@@ -50,8 +50,11 @@ class H3Decoder:
         self.state = state
         self.chunk_len = chunk_len
         self._replays = replays
-        self._fused = FusedStep(model) if FusedStep.fits(model) else None
         self._reads_fused = FusedRead.fits(model)
+
+    @cached_property
+    def _fused(self) -> FusedStep | None:
+        return FusedStep(self.model) if FusedStep.fits(self.model) else None
 
     @property
     def seen(self) -> Tensor:
