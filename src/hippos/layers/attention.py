@@ -73,7 +73,14 @@ class CausalSelfAttention(nn.Module):
             nn.Embedding(learned_positions, d_model, device=device, dtype=dtype) if learned_positions else None
         )
 
-    def forward(self, u: Tensor, *, position_ids: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attend: Attend | None = None,
+        adds_bias: bool = True,
+    ) -> Tensor:
         """Mix the tokens of each sequence.
 
         Args:
@@ -83,6 +90,7 @@ class CausalSelfAttention(nn.Module):
             attend: Maps queries, keys (both already rotated) and values, each (B, H, L, P), to the heads' outputs of
                 the same shape. A model plugs in its cache, masks and attention kernels here. None is causal attention
                 over these L tokens with scale 1/sqrt(P).
+            adds_bias: Whether to add the bias of ``out_proj``, or leave it to the caller, who knows it as plain.
 
         Returns:
             Tokens, shape (B, L, D).
@@ -105,7 +113,8 @@ class CausalSelfAttention(nn.Module):
             angles = self._angles(position_ids, batch, seqlen, q)
             q, k = apply_rotary(q, angles), apply_rotary(k, angles)
         o = self._attend_causally(q, k, v) if attend is None else attend(q, k, v)
-        return project_tokens(self.out_proj, o.transpose(1, 2).reshape(batch, seqlen, self.d_model))
+        tokens = o.transpose(1, 2).reshape(batch, seqlen, self.d_model)
+        return project_tokens(self.out_proj, tokens) if adds_bias else F.linear(tokens, self.out_proj.weight)
 
     def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

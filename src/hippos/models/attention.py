@@ -38,13 +38,16 @@ class CachedSelfAttention(CausalSelfAttention):
         self.config = config
         self.layer_idx = layer_idx
 
-    def mix(self, u: Tensor, layout: TokenLayout, past_key_values: Cache | None) -> tuple[Tensor, Tensor | None]:
+    def mix(
+        self, u: Tensor, layout: TokenLayout, past_key_values: Cache | None, *, adds_bias: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Mix the tokens of each sequence with those before them, in the cache too.
 
         Args:
             u: Tokens, shape (B, L, D).
             layout: Masks, documents and positions of the tokens.
             past_key_values: Keys and values of the tokens before; those of ``u`` are added.
+            adds_bias: As in `CausalSelfAttention.forward`.
 
         Returns:
             Tokens, shape (B, L, D), and the attention weights, shape (B, H, L, tokens in all), if the implementation
@@ -71,7 +74,7 @@ class CachedSelfAttention(CausalSelfAttention):
             )
             return o.transpose(1, 2)  # (B, L, H, P) -> (B, H, L, P)
 
-        y = self(u, position_ids=layout.position_ids, attend=attend)
+        y = self(u, position_ids=layout.position_ids, attend=attend, adds_bias=adds_bias)
         return y, weights
 
 

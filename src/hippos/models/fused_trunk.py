@@ -129,7 +129,9 @@ def _add_norm(
 
 def _mix(mixer: Any, u: Tensor, layout: TokenLayout, *, keeps_keys: bool) -> tuple[Tensor, Tensor | None]:
     if isinstance(mixer, CachedSelfAttention):
-        return mixer.mix(u, layout, None)[0], None
+        leaves_bias = _is_untouched(mixer) and is_plain_linear(mixer.out_proj)
+        update = mixer.mix(u, layout, None, adds_bias=not leaves_bias)[0]
+        return update, mixer.out_proj.bias if leaves_bias else None
     bounds, mixed = layout.cu_seqlens, None
     if layout.context is not None:
         mixed = mix_part(mixer, u, layout.context, adds_bias=False)
