@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +22,8 @@ Result = TypeVar("Result")
 
 # For one process the others wait as long as its work takes: encoding a large corpus can take a day.
 _LONGEST_WORK = timedelta(days=7)
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Processes:
                 f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: start several processes with "
                 "torchrun, as in torchrun --nproc-per-node 2 -m hippos train ..."
             )
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _die_with_the_launcher()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
@@ -108,6 +115,12 @@ class Processes:
         """Wait until all processes have come here."""
         if not self.is_alone:
             dist.barrier(group=self.waiting)
+
+
+def _die_with_the_launcher() -> None:
+    """Ask Linux to kill this process when torchrun is killed, since it would wait for it for ever, on its GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave_processes() -> None:

@@ -15,6 +15,7 @@ import torch
 from hippos.errors import ConfigError, TrainingError
 from hippos.train.arguments import micro_batch_size
 from hippos.train.checkpoints import checkpoint_step, damaged_checkpoints
+from hippos.train.claim import FolderClaim
 from hippos.train.closing import ngram_scores, write_sample
 from hippos.train.config import RunConfig, TrainConfig
 from hippos.train.folder import (
@@ -94,8 +95,8 @@ def train(
         ConfigError: If the configuration is wrong.
         CorpusError: If the text is missing, empty, binary or too short.
         TokenizerError: If the tokenizer is missing.
-        TrainingError: If the folder holds another run or none to resume, the configuration has changed, the loss is not
-            finite, the batch does not fit into memory, or the disk is full.
+        TrainingError: If the folder holds another run or none to resume, or another process trains in it, the
+            configuration has changed, the loss is not finite, the batch does not fit into memory, or the disk is full.
     """
     processes = Processes.join()
     progress = progress or RunProgress(is_quiet=not processes.is_main)
@@ -107,11 +108,12 @@ def train(
             raise
         raise SystemExit(1) from None  # the same mistake, which the main process tells of
     try:
-        opened = processes.lead(lambda: _open(config, run, resume, overwrite, progress))
-        if opened.summary is not None:
-            return TrainResult(run, opened.config, opened.config.optim.steps, None, opened.summary)
-        with _deterministic(opened.config.run):
-            return _train(opened.config, run, opened.checkpoint, progress, processes)
+        with FolderClaim() as claim:
+            opened = processes.lead(lambda: _open(config, run, claim, resume, overwrite, progress))
+            if opened.summary is not None:
+                return TrainResult(run, opened.config, opened.config.optim.steps, None, opened.summary)
+            with _deterministic(opened.config.run):
+                return _train(opened.config, run, opened.checkpoint, progress, processes)
     except OSError as error:
         raise storage_error(error, run, "write") from error
 
@@ -125,8 +127,12 @@ class _Opened:
     summary: dict[str, Any] | None = None
 
 
-def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, progress: RunProgress) -> _Opened:
+def _open(
+    config: TrainConfig | None, run: Path, claim: FolderClaim, resume: bool, overwrite: bool, progress: RunProgress
+) -> _Opened:
     """Claim the run's folder, for a new run or to go on."""
+    if holds_run(run):
+        claim.take(run)
     if resume and (config is None or holds_run(run)):
         before = stored_config(run).optim.micro_batch_size
         config, checkpoint = resume_run(config, run)
@@ -152,6 +158,7 @@ def _open(config: TrainConfig | None, run: Path, resume: bool, overwrite: bool, 
     if resume:
         progress.note(f"There is no run in {run} to go on with: this one starts at the beginning")
     begin_run(config, run, overwrite=overwrite)
+    claim.take(run)
     return _Opened(config, None)
 
 
