@@ -87,6 +87,45 @@ def test_checkpointed_blocks_keep_only_what_enters_them(monkeypatch, is_frugal):
 
 
 @interpreted
+@pytest.mark.parametrize("how", ["", "frugal", "checkpointed"])
+def test_a_stream_is_split_under_autocast(monkeypatch, how):
+    model, ids = make(), torch.randint(31, (2, 20))
+    if how == "frugal":
+        recompute_cheap_parts(model)
+    if how == "checkpointed":
+        checkpoint_activations(model)
+    splits, add_norm = [], fused_trunk.add_norm_kept
+    monkeypatch.setattr(
+        fused_trunk, "add_norm_kept", lambda *a, **k: (splits.append(k["splits"]), add_norm(*a, **k))[1]
+    )
+    loss, gradients = run(model, ids, autocast=True)
+    assert splits[:7] == [False] + [True] * 6
+    monkeypatch.setattr(fused_trunk, "SPLIT_DTYPE", None)
+    usual, usual_gradients = run(model, ids, autocast=True)
+    assert torch.equal(loss, usual), "sums are whole"
+    for name, gradient in usual_gradients.items():  # updates' gradients are rounded in another way
+        error = float((gradients[name] - gradient).norm() / gradient.norm())
+        assert error < 2e-2, name
+
+
+@interpreted
+def test_an_attention_layer_leaves_its_last_bias_unless_it_is_looked_at(monkeypatch):
+    model, ids = make(), torch.randint(31, (2, 20))
+    left, mixer = [], model.model.layers[1].mixer
+    mix = type(mixer).mix
+    monkeypatch.setattr(type(mixer), "mix", lambda *a, **k: (left.append(not k["adds_bias"]), mix(*a, **k))[1])
+    loss, gradients = run(model, ids)
+    seen = []
+    mixer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    wanted, wanted_gradients = run(model, ids)
+    assert left == [True, False]
+    assert len(seen) == 1
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@interpreted
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_an_h3_layer_leaves_its_last_bias_to_the_norm_behind_it(monkeypatch, is_packed):
     model, ids = make(), torch.randint(31, (2, 20))
