@@ -32,10 +32,10 @@ SHIFTS = ("learned", "frozen", "none")
 class H3(nn.Module):
     """Mix the tokens of a sequence causally: q * SSM_diag(SSM_shift(k) * v), projected in and out.
 
-    With P = head_dim and H = D/P heads, per head: k' = shift SSM of k (each channel its own), the P x P products
-    k'_i v_j go through the head's diagonal SSM, and o_j = sum_i q_i s_ij. The same function in three forms, which agree
-    for every split of a sequence: `forward` on a whole sequence, `forward` on one piece after the other
-    (``initial_state``, ``return_state``), and `step` token by token.
+    With P = head_dim and H = D/P heads, per head: k' = shift SSM of k (each channel its own), the P x P products k'_i
+    v_j go through the head's diagonal SSM, and o_j = sum_i q_i s_ij. The same function in three forms, which agree for
+    every split of a sequence: `forward` on a whole sequence, `forward` chunk by chunk (``initial_state``,
+    ``return_state``), and `step` token by token.
 
     Args:
         d_model: Width D of the tokens.
@@ -44,18 +44,18 @@ class H3(nn.Module):
         n_ssm: Number of different diagonal state matrices, a divisor of H (head h takes number h mod n_ssm); None for
             H.
         discretisation: "bilinear" or "zoh".
-        init: Start of the diagonal SSM's frequencies: "diag-lin", "diag-inv", "diag-legs" or "diag".
-        real_type: How its raw real part stands for a decay: "exp", "relu", "softplus", "sigmoid" or "none".
+        init: Initial frequencies of the diagonal SSM: "diag-lin", "diag-inv", "diag-legs" or "diag".
+        real_type: How its raw real part parametrises the decay: "exp", "relu", "softplus", "sigmoid" or "none".
         dt_min: Smallest initial step of the diagonal SSM.
         dt_max: Largest initial step.
         head_layout: Order of the channels that ``out_proj`` reads: "hd" (head h, coordinate j at h * P + j, as trained
             weights need) or "dh" (at j * H + h, as the public reference's slow path has it).
-        shift: "learned"; or, to see what the shift SSM is good for, "frozen" (its parameters stay as they are drawn) or
-            "none" (k itself takes the place of k').
+        shift: "learned"; or, for ablations, "frozen" (parameters keep their initial values) or "none" (k in place of
+            k').
         has_gates: False leaves out both multiplications, and the projections q and v with them: what remains is the
             diagonal SSM of the shift SSM of k. Needs ``head_dim`` 1.
         ssm_lr: Ceiling of the learning rate of the SSMs' dynamics (see `param_groups`); 0 freezes them.
-        device: Where the parameters are made.
+        device: Device of the parameters.
         dtype: Dtype of the projections. SSM parameters are float32 (float64 for float64) and stay so under ``.half()``,
             ``.bfloat16()`` and ``.to(dtype)``.
 
@@ -166,14 +166,14 @@ class H3(nn.Module):
 
         Args:
             u: Tokens, shape (B, L, D), L >= 1, dtype of the projections (any under autocast).
-            initial_state: State after the tokens before these, as `init_state` shapes it; None for a fresh start. Not
+            initial_state: State after the tokens before these, as `init_state` shapes it; None to start from zero. Not
                 changed.
-            return_state: Whether to give the state after the last token too.
+            return_state: Whether to return the state after the last token too.
             cu_seqlens: Bounds of packed documents, shape (n_docs + 1,), int32, from 0 to L; needs B = 1. Each document
                 starts from its own state, and the first axis of states counts documents.
             mask: Real tokens, shape (B, L), bool or integer; where it is 0, key and value are zeroed after the
                 projection (their biases too), so that padding on the left leaves the state empty. Time passes on masked
-                tokens: a state behind padding on the right has decayed.
+                tokens: a state after padding on the right has decayed.
 
         Returns:
             Tokens, shape (B, L, D), dtype of the projections; with ``return_state`` also the state after the last
@@ -214,7 +214,7 @@ class H3(nn.Module):
 
     @torch.no_grad()
     def step(self, u: Tensor, state: H3State, *, ring_position: Tensor | None = None) -> Tensor:
-        """Mix in one more token of each sequence; costs the same at every position. No gradients flow.
+        """Mix one more token of each sequence, at a cost independent of the position. Not differentiable.
 
         Args:
             u: The tokens, shape (B, D) or (B, 1, D), dtype of the projections.
@@ -280,7 +280,7 @@ class H3(nn.Module):
         return {**self.__dict__, "_prepared": None}
 
     def step_operators(self) -> H3Step:
-        """Give what `hippos.ops.ssm_step.h3_step_prepared` needs; made anew when the SSMs' parameters change."""
+        """Give what `hippos.ops.ssm_step.h3_step_prepared` needs; recomputed when the SSMs' parameters change."""
         shift = None if self.shift is None else self.shift.operators(reuse=True)
         diag = self.diag.operators(reuse=True)
         is_compiling = torch.compiler.is_compiling()
