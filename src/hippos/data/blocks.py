@@ -19,7 +19,7 @@ __all__ = ["BlockOrder", "StepBatches", "TokenBlocks", "collate_blocks", "collat
 class TokenBlocks(Dataset[Tensor]):
     """Consecutive blocks of ``seqlen + 1`` ids; neighbours share one id, so that each id but the first is predicted.
 
-    The rest that does not fill a block is left out.
+    An incomplete last block is dropped.
 
     Args:
         packed: The corpus.
@@ -61,7 +61,7 @@ class TokenBlocks(Dataset[Tensor]):
 
 
 class BlockOrder(Sampler[int]):
-    """Which block comes when, for a whole run: one shuffle of all blocks after the other.
+    """Order of the blocks in a whole run: one shuffle of all blocks per epoch.
 
     The order depends on the arguments only and not on any global random state, so that a resumed run reads what an
     uninterrupted one would have read.

@@ -19,7 +19,7 @@ __all__ = ["Corpus", "DatasetCorpus", "FileCorpus", "Part", "split_corpus"]
 
 
 class Corpus(ABC):
-    """Documents in a fixed order, read afresh at every pass."""
+    """Documents in a fixed order, read again in every pass."""
 
     name: str
 

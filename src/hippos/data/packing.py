@@ -98,10 +98,10 @@ def pack(
     cache: Path | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> PackedTokens:
-    """Encode a corpus, or open what an earlier call wrote for the same documents and tokenizer.
+    """Tokenise a corpus, or open the result of an earlier call for the same documents and tokenizer.
 
-    The folder in the cache appears by one rename, whole or not at all, so that a kill or a full disk leaves nothing
-    that could be taken for a packed corpus.
+    The folder in the cache appears by one rename, complete or not at all, so that a kill or a full disk leaves nothing
+    that looks like a packed corpus.
 
     Args:
         corpus: The documents.

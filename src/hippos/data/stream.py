@@ -197,10 +197,10 @@ class StreamBatches(IterableDataset[list[Tensor]]):
 
 
 def merge_positions(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the positions of a run's processes.
+    """Merge the positions of a run's processes.
 
     Args:
-        positions: What `DocumentStream.position` gave in each.
+        positions: `DocumentStream.position` of each process.
 
     Returns:
         The position of the run, from which any number of processes can resume.

@@ -70,7 +70,7 @@ class NgramModel:
         return self
 
     def nll_sum(self, tokens: npt.ArrayLike) -> float:
-        """Nats that the model gives to ``tokens[1:]``, each id predicted from the ids before it, shape (n,), n >= 2."""
+        """Negative log-likelihood in nats of ``tokens[1:]``, each given the ids before it, shape (n,), n >= 2."""
         return float(-np.log(self.probabilities(tokens)).sum())
 
     def probabilities(self, tokens: npt.ArrayLike) -> _Floats:

@@ -31,7 +31,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TextScore:
-    """Negative log likelihood of a text.
+    """Negative log-likelihood of a text.
 
     Args:
         nll_sum: Nats, over all tokens.

@@ -62,7 +62,7 @@ def answer_file(
     processed.
 
     Args:
-        generator: With a tokenizer.
+        generator: A generator with a tokenizer.
         prompts: The file of prompts, UTF-8.
         answers: The file of answers.
         sampling: How tokens are chosen; without a seed, that of the existing answers.
@@ -74,7 +74,7 @@ def answer_file(
 
     Raises:
         ConfigError: If ``answers`` holds something else than answers to these prompts, or of another seed or length.
-        OutOfMemoryError: If a batch does not fit; the message says which would, and the answers so far are kept.
+        OutOfMemoryError: If a batch does not fit; the message names one that does, and the answers so far are kept.
         OSError: If a file cannot be read or written.
     """
     if batch_size < 1:

@@ -30,23 +30,23 @@ Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 class Generator:
-    """Writes texts with one model, many times: states, and on a GPU the captured decode step, are made once and kept.
+    """Generates repeatedly with one model: states, and on a GPU the captured decode step, are made once and kept.
 
-    Prompts are read in parallel, in chunks, ragged ones side by side without padding. Each token is one step of
-    constant cost for the SSM layers. A generator serves one batch at a time: a new call ends the stream before.
+    Prompts are prefilled in parallel, in chunks, ragged ones side by side without padding. A decode step has constant
+    cost in the SSM layers. A generator serves one batch at a time: a new call ends the previous stream.
 
     Args:
         model: An H3 language model, or any causal language model of Transformers (then on its own cache, one call a
             token), in evaluation mode.
-        tokenizer: The model's tokenizer, for stop strings and texts; None without.
-        context: Tokens, prompt and continuation together, that the attention layers have room for. None: as many as
+        tokenizer: The model's tokenizer, for stop strings and text; None without.
+        context: Length of the attention layers' caches: tokens of prompt and continuation together. None: as many as
             each call needs.
-        chunk_len: Tokens of each prompt that are read at once, which bounds the memory; None chooses by the batch.
+        chunk_len: Tokens of each prompt per prefill call, which bounds the memory; None chooses by the batch.
         cuda_graph: Whether a decode step is one CUDA graph; None: for H3 models on a CUDA device.
 
     Raises:
         ConfigError: If ``context`` or ``chunk_len`` is less than 1.
-        UnsupportedError: If a CUDA graph is asked for where there is none.
+        UnsupportedError: If a CUDA graph is requested where it is not available.
     """
 
     def __init__(
@@ -94,29 +94,28 @@ class Generator:
         rows: Sequence[int] | None = None,
         keep_state: bool = False,
     ) -> TokenStream:
-        """Read prompts and give an iterator over their new tokens, one step of all rows at a time.
+        """Prefill prompts and return an iterator over their new tokens, one step of all rows at a time.
 
         Args:
-            input_ids: Prompts, shape (B, L); or a list of texts of any lengths, each a list or tensor of ids. With
+            input_ids: Prompts, shape (B, L); or a list of sequences of any lengths, each a list or tensor of ids. With
                 ``state``, the tokens that come after it, possibly none.
             sampling: How tokens are chosen and how many; the defaults of `Sampling` if left out. Stop strings need the
                 tokenizer.
             attention_mask: 1 at real tokens, shape (B, L): padding on the left or on the right.
             lengths: Instead of the mask, tokens of each prompt, the padding being on the right.
-            eos_token_id: Token or tokens that end a text; None asks model and tokenizer, () is none.
-            pad_token_id: Token behind the end of a row; None asks model and tokenizer, else takes the first end token.
+            eos_token_id: Token or tokens that end a sequence; None asks model and tokenizer, () is none.
+            pad_token_id: Token after the end of a row; None asks model and tokenizer, else takes the first end token.
             log_probs: Whether each token comes with its log-probability.
-            state: What the model remembers of earlier tokens, from `read`, `Generated.state` or `load_state`; not
-                changed.
-            rows: The rows' numbers, which tell their random draws apart; None counts from 0.
-            keep_state: Whether the stream's ``state`` is wanted at the end.
+            state: State after earlier tokens, from `read`, `Generated.state` or `load_state`; not changed.
+            rows: Numbers of the rows, which seed their random draws; None counts from 0.
+            keep_state: Whether to keep the stream's ``state`` at the end.
 
         Returns:
             The stream.
 
         Raises:
-            PromptError: If a prompt has no token, or texts are longer than ``context`` or the model's positions.
-            OutOfMemoryError: If the states do not fit; the message says which batch would.
+            PromptError: If a prompt has no token, or sequences are longer than ``context`` or the model's positions.
+            OutOfMemoryError: If the states do not fit; the message names a batch size that does.
             ValueError: If shapes or ids are wrong.
             CheckpointError: While iterating, if the model's logits are not finite.
         """
@@ -158,14 +157,14 @@ class Generator:
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Generated:
-        """Write to the end of all rows.
+        """Generate until all rows have ended.
 
         Args:
             input_ids: As for `stream`.
             sampling: As for `stream`.
-            on_tokens: Called after each step with the new token of each row, None behind its end.
-            keep_state: Whether the result's ``state`` is wanted; costs a copy of the state, and reading again those
-                rows that ended before others.
+            on_tokens: Called after each step with the new token of each row, None after its end.
+            keep_state: Whether to return the ``state``; costs a copy of it, and a second prefill of rows that ended
+                before others.
             attention_mask: As for `stream`.
             **options: The other arguments of `stream`.
 
@@ -200,7 +199,7 @@ class Generator:
         lengths: Tensor | Sequence[int] | None = None,
         state: GenerationState | None = None,
     ) -> GenerationState:
-        """Read prompts and give what the model remembers of them, to be saved, forked and gone on from.
+        """Prefill prompts and return the state after them, to save, fork and continue from.
 
         Args:
             input_ids: As for `stream`.
@@ -209,7 +208,7 @@ class Generator:
             state: As for `stream`.
 
         Returns:
-            A state of its own: later calls of this generator do not change it.
+            A state that later calls of this generator do not change.
 
         Raises:
             UnsupportedError: If the model is no H3 model.
@@ -229,20 +228,20 @@ class Generator:
 
     @property
     def n_tokens(self) -> int:
-        """Ids from here on are never written: they are not in the vocabulary, or not in the tokenizer."""
+        """Ids from here on are never generated: they are not in the vocabulary, or not in the tokenizer."""
         n_model: int = self.model.config.get_text_config().vocab_size
         return n_model if self.tokenizer is None else min(len(self.tokenizer), n_model)
 
     def check_length(self, n_tokens: int, max_new_tokens: int, what: str = "the prompt") -> None:
-        """Raise unless there is room for a text.
+        """Raise unless a sequence fits.
 
         Args:
-            n_tokens: Tokens of the prompt, and of what came before it.
+            n_tokens: Tokens of the prompt and of everything before it.
             max_new_tokens: Tokens that may follow.
-            what: Its name in the message.
+            what: What the message calls it.
 
         Raises:
-            PromptError: If the text is longer than ``context``, or than the model has positions for.
+            PromptError: If the sequence is longer than ``context`` or the model's positions.
         """
         rooms = {
             "the attention layers' cache (context)": self.context,

@@ -15,8 +15,8 @@ class Generated:
     """Generated sequences.
 
     Attributes:
-        sequences: Prompts and new tokens, shape (B, L + n): the prompts as they were passed (a list of texts is padded
-            on the left), then ``tokens``.
+        sequences: Prompts and new tokens, shape (B, L + n): the prompts as they were passed (a list of sequences is
+            padded on the left), then ``tokens``.
         tokens: New tokens, shape (B, n), n those of the longest row; after the end of a row the padding token.
         lengths: New tokens of each row, its end-of-text token included, shape (B,).
         log_probs: Logarithm (nats) of the probability that the model gave each new token, before temperature,

@@ -130,7 +130,7 @@ class TokenStream(Iterator[NewTokens]):
 
     @property
     def texts(self) -> list[str]:
-        """For each row its new text so far, without stop strings and without what may become one.
+        """New text of each row so far, without stop strings and without what may become one.
 
         Raises:
             RuntimeError: If there is no tokenizer.

@@ -135,7 +135,7 @@ def generate_text(model: Any, tokenizer: Any, prompt: str, sampling: Sampling | 
         sampling: How tokens are chosen and when the text ends; the defaults of `Sampling` if left out.
 
     Returns:
-        The text with how it ended and how long it took.
+        The text, how it ended, and how long it took.
     """
     stream = stream_text(model, tokenizer, prompt, sampling)
     for _ in stream:

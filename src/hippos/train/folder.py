@@ -49,7 +49,7 @@ _FREE_AT_RESUME = ("recipe", "run.", "optim.steps", "optim.micro_batch_size")
 
 
 def stored_config(run: Path) -> TrainConfig:
-    """The configuration that a run was started with.
+    """The configuration of a run.
 
     Raises:
         TrainingError: If the folder holds no run, or its ``run.json`` cannot be read.

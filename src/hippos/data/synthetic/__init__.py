@@ -1,4 +1,4 @@
-"""Synthetic languages: what a layer must recall and compare, told apart by accuracy.
+"""Synthetic languages, which require a layer to recall and compare.
 
 Ids, layouts and draws of `AssociativeRecall` and `InductionHead` are those of the public code of Fu et al. 2023: a
 seed gives the same examples. The others are defined here, after the papers that their docstrings name.

@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class SyntheticTask(abc.ABC):
-    """A synthetic language: a frozen choice of sizes that draws one sequence at a time.
+    """A synthetic language of fixed sizes, which draws one sequence at a time.
 
     Args:
         vocab_size: Tokens of the vocabulary, the two special ones included.
@@ -53,7 +53,7 @@ class SyntheticTask(abc.ABC):
 
     @abc.abstractmethod
     def scored(self, sequences: Ids) -> NDArray[np.bool_]:
-        """Tell which predictions count in the test, shape (n, L), for whole sequences, shape (n, L + 1).
+        """Which predictions count in the test, shape (n, L), for whole sequences, shape (n, L + 1).
 
         Place t is the prediction of token t + 1 after the tokens up to t.
         """
