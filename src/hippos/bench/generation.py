@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hippos.bench.cases.engine import DEFAULT, ENGINE, STATIC, EngineSize, draw_rates, prepare_engine
+from hippos.bench.cases.engine_first_token import FirstTokenSize, prepare_first_token
 from hippos.bench.cases.engine_steps import RoomSize, StepSize, prepare_room, prepare_step
 from hippos.bench.cases.int8_steps import Int8StepSize, prepare_int8_step
 from hippos.bench.harness import Case, Plan, Suite
@@ -32,6 +33,7 @@ QUICK: dict[str, Any] = {
 # tokens/s wanted, and times the tokens/s of GPT-2 with static cache and compiled, and with its default cache
 WANTED = {512: (17000, 2.0, 20.0), 1024: (13000, 2.3, 20.0), 1536: (10500, 2.6, 20.0)}
 SHORTEST = min(WANTED)
+PART = 24  # of 128 tokens: GPT-2's default cache takes 73 ms a token for one text and for 64
 # Rivals take up to a minute: every method has run before (prepare_engine), and few rounds are kept.
 ONCE = Plan(warmup=0, rounds=1)
 
@@ -109,7 +111,7 @@ BATCHES = Case(
     title="128 tokens behind prompts of 512 tokens, by their number",
     sizes=(
         EngineSize(SHORTEST, 64, H3, GPT2, methods=(ENGINE, DEFAULT), at_least={DEFAULT: WANTED[SHORTEST][2]}),
-        *(EngineSize(SHORTEST, n, H3, GPT2, methods=(ENGINE, DEFAULT)) for n in (1, 256, 8)),
+        *(EngineSize(SHORTEST, n, H3, GPT2, methods=(ENGINE, DEFAULT), rival_tokens=PART) for n in (256, 1, 8)),
     ),
     quick_sizes=tuple(EngineSize(8, n, **QUICK) for n in (2, 1)),
     prepare=prepare_engine,
@@ -123,8 +125,10 @@ BATCHES = Case(
 LENGTHS = Case(
     name="generate_lengths",
     title="128 tokens behind 4 prompts of a length",
-    sizes=tuple(EngineSize(n, 4, H3, GPT2, methods=(ENGINE, DEFAULT)) for n in (512, 32768, 8192, 2048)),
-    quick_sizes=tuple(EngineSize(n, 2, **QUICK) for n in (8, 16)),
+    sizes=tuple(
+        EngineSize(n, 4, H3, GPT2, methods=(ENGINE, DEFAULT), rival_tokens=PART) for n in (512, 32768, 8192, 2048)
+    ),
+    quick_sizes=tuple(EngineSize(n, 2, **QUICK, rival_tokens=3) for n in (8, 16)),
     prepare=prepare_engine,
     axis="prompt_len",
     labels=("prompt_len",),
@@ -132,10 +136,21 @@ LENGTHS = Case(
     plan=ONCE,
 )
 
+FIRST_TOKEN = Case(
+    name="generate_first_token",
+    title="One prompt to the first token of its answer",
+    sizes=tuple(FirstTokenSize(n, H3, GPT2) for n in (64, 512, 1536)),
+    quick_sizes=(FirstTokenSize(16, {**TINY, "attn_layers": (1,)}, TINY_GPT2),),
+    prepare=prepare_first_token,
+    axis="prompt_len",
+    labels=("prompt_len",),
+    plan=Plan(warmup=2, rounds=11),
+)
+
 # What matters most comes first: a run that is cut off keeps what it has.
 SUITE = Suite(
     name="generation",
     title="Text generation on a GPU",
-    cases=(PROMPTS, STEPS, DEFAULT_CACHE, ROOM, BATCHES, LENGTHS, INT8_STEPS),
+    cases=(PROMPTS, STEPS, DEFAULT_CACHE, ROOM, BATCHES, LENGTHS, FIRST_TOKEN, INT8_STEPS),
     device="cuda",
 )

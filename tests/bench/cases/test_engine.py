@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hippos.bench.cases.engine import ENGINE, WHOLE, prepare_engine
+from hippos.bench.cases.engine import DEFAULT, ENGINE, WHOLE, prepare_engine
+from hippos.bench.cases.engine_first_token import FIRST, prepare_first_token
 from hippos.bench.cases.engine_models import checked_error, engine_error, forget_models, language_model
 from hippos.bench.cases.engine_steps import STEP, prepare_room, prepare_step
-from hippos.bench.generation import BATCHES, PROMPTS, QUICK, ROOM, STEPS
+from hippos.bench.generation import BATCHES, FIRST_TOKEN, LENGTHS, PROMPTS, QUICK, ROOM, STEPS
 from hippos.bench.harness import Clock, Context
 
 CPU = Context(torch.device("cpu"), is_quick=True)
@@ -29,6 +30,34 @@ def test_whole_generations(clock):
         assert method(clock)[WHOLE] > 0
     assert workload.goals[0].at_least == 2.0
     assert workload.baseline == QUICK["methods"][1]
+
+
+def test_a_rival_writes_a_part_and_is_told_by_the_whole(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    written, generate = [], GPT2LMHeadModel.generate
+
+    def count(self, *args, **options):
+        written.append(options["max_new_tokens"])
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", count)
+    size = replace(LENGTHS.quick_sizes[0], dtype="float32", new_tokens=10, rival_tokens=3)
+    workload = prepare_engine(size, CPU)
+    ticks = Clock(torch.device("cpu"))
+    now = iter(range(100))
+    monkeypatch.setattr(ticks, "mark", lambda: float(next(now)))  # one second a token, and one before
+    assert workload.methods[DEFAULT](ticks)[WHOLE] == pytest.approx(10)
+    assert written == [4, 3]
+    assert workload.notes[DEFAULT] == "the time of 10 tokens follows from that of the first 3"
+    assert DEFAULT not in prepare_engine(replace(size, rival_tokens=None), CPU).notes
+
+
+def test_the_first_token(clock):
+    workload = prepare_first_token(replace(FIRST_TOKEN.quick_sizes[0], dtype="float32"), CPU)
+    assert workload.check()[ENGINE] < 1e-4
+    assert workload.baseline in workload.methods
+    assert all(method(clock)[FIRST] > 0 for method in workload.methods.values())
 
 
 def test_steps_at_positions(clock):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hippos.bench.cases.engine_models import ModelFields, checked_error, give_back_memory, language_model
+from hippos.bench.cases.generation import TokenMarks
 from hippos.bench.cases.language_models import MAX_ERRORS
 from hippos.bench.harness import CaseResult, Clock, Context, Finding, Goal, Method, Workload
 from hippos.bench.harness.figure import write_plain_numbers
@@ -34,6 +35,8 @@ class EngineSize:
         at_least: Method to how many times its tokens a second the engine must write.
         tokens_per_s: What the engine should write, or None.
         engine_calls: Generations of the engine in a sample, whose mean is kept; the others make one.
+        rival_tokens: Tokens that a rival with its default cache, whose host takes as long for each of them, really
+            writes; the time of all follows from the prompt's and the mean of those behind the first. None for all.
     """
 
     prompt_len: int
@@ -46,6 +49,7 @@ class EngineSize:
     at_least: Mapping[str, float] = field(default_factory=dict, hash=False)
     tokens_per_s: float | None = None
     engine_calls: int = 2
+    rival_tokens: int | None = None
 
 
 def prepare_engine(size: EngineSize, context: Context) -> Workload:
@@ -68,6 +72,8 @@ def prepare_engine(size: EngineSize, context: Context) -> Workload:
         h3.config.vocab_size, (size.batch, size.prompt_len), generator=context.generator(), device=context.device
     )
     notes = {"settings": "greedy, random weights, no end token; each method has run before, graphs captured"}
+    if DEFAULT in size.methods and size.rival_tokens is not None:
+        notes[DEFAULT] = f"the time of {size.new_tokens} tokens follows from that of the first {size.rival_tokens}"
     methods: dict[str, Method] = {}
     for name in size.methods:
         if name == ENGINE:
@@ -134,19 +140,41 @@ def _warmed_rival(name: str, size: EngineSize, prompt: Tensor, context: Context)
     options = {"cache_implementation": "static"} if name == STATIC else {}
     mask = torch.ones_like(prompt)
 
-    def work(new_tokens: int = size.new_tokens) -> object:
+    def work(new_tokens: int = size.new_tokens, criteria: Sequence[TokenMarks] = ()) -> object:
         return model.generate(
-            prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, use_cache=True, **options
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            stopping_criteria=list(criteria),
+            **options,
         )
 
     work(size.new_tokens if name == STATIC else min(size.new_tokens, 4))
-    return _timed_whole(work, 1)
+    if name == STATIC or size.rival_tokens is None:
+        return _timed_whole(work, 1)
+    return _timed_part(work, size.rival_tokens, size.new_tokens)
 
 
 def _warmed(work: Callable[[], object], calls: int) -> Method:
     for _ in range(2):  # a prompt's length is captured when it comes again
         work()
     return _timed_whole(work, calls)
+
+
+def _timed_part(work: Callable[..., object], n_written: int, n_wanted: int) -> Method:
+    """Time the prompt and ``n_written`` tokens, and say what ``n_wanted`` would take at that pace."""
+
+    def sample(clock: Clock) -> dict[str, float]:
+        tokens = TokenMarks(clock)
+        start = clock.start()
+        work(n_written, [tokens])
+        first, last = tokens.marks[0], tokens.marks[-1]
+        per_token = clock.seconds(first, last) / (len(tokens.marks) - 1)
+        return {WHOLE: clock.seconds(start, first) + (n_wanted - 1) * per_token}
+
+    return sample
 
 
 def _timed_whole(work: Callable[[], object], calls: int) -> Method:

@@ -140,14 +140,22 @@ def draw_rates(axes: Any, case: CaseResult) -> None:
     axes.set_ylabel("tokens/s behind the prompt (median; whiskers: min to max)", fontsize=8)
 
 
-class _TokenMarks(StoppingCriteria):
-    """Marks each token as `generate` has it, and stops nothing."""
+class TokenMarks(StoppingCriteria):
+    """Marks each token as Transformers' ``generate`` has it, and stops nothing.
+
+    Args:
+        clock: The clock.
+
+    Attributes:
+        marks: One for each token so far.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.marks: list[Mark] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Mark the last token of ``input_ids``, shape (B, L); no row stops."""
         self.marks.append(self.clock.mark())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -156,7 +164,7 @@ def _generating(model: Any, prompt: Tensor, new_tokens: int) -> Method:
     attention_mask = torch.ones_like(prompt)
 
     def sample(clock: Clock) -> dict[str, float]:
-        tokens = _TokenMarks(clock)
+        tokens = TokenMarks(clock)
         start = clock.start()
         model.generate(
             prompt,
