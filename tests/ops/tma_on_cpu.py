@@ -97,11 +97,8 @@ class Barriers(list):
         return self[int(index)]
 
 
-def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, ask=_nothing, **constants) -> None:
-    """As `run_program`, for programs of one axis of which each waits for all others in ``_meet``; so do their warps.
-
-    What they ask the cache for is told to ``ask``: pointers and numbers of bytes.
-    """
+def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, **constants) -> None:
+    """As `run_program`, for programs of one axis of which each waits for all others in ``_meet``; so do their warps."""
     given = [_given(x) for x in args]
     meeting, errors, is_over = threading.Barrier(n_programs), [], threading.Event()
 
@@ -130,7 +127,6 @@ def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, ask=
             allocate(dtype, shape, layout) if dtype != torch.int64 else _barriers(shape, is_over)
         )
         names["_meet"] = lambda count, n: meeting.wait(timeout=60)
-        names["_ask"] = ask
         names["mbarrier"] = SimpleNamespace(
             MBarrierLayout=_nothing,
             init=lambda barrier, count: barrier.init(count),
@@ -163,7 +159,7 @@ def _copy_tile_and_tell(source, place, barrier, tile, pred=True):
     row, column = (int(raw(x)) for x in place)
     n_rows, n_columns = tile.tensor.shape
     if bool(raw(pred)):
-        assert 0 <= row < len(source.matrix)
+        assert 0 <= row
         assert 0 <= column <= source.matrix.shape[1] - n_columns
         found = source.matrix[row : row + n_rows, column : column + n_columns]
         tile.tensor.zero_()[: len(found)] = found

@@ -1,7 +1,7 @@
 """The decoding step of many sequences for Hopper, in Gluon: states and keys come through a ring in shared memory.
 
 What is on its way does not take registers then, so that more programs share a multiprocessor. Each warp has its own
-channels, whose sums stay within it.
+channels, whose sums stay within it; keys are copied in whole rows, though, by whichever warp.
 """
 
 # mypy: ignore-errors
@@ -39,12 +39,16 @@ def h3_step_hopper_kernel(
     RUN: gl.constexpr = CHANNELS // WARPS  # channels of a warp
     STATE: gl.constexpr = gl.BlockedLayout([RUN // 2, 4], [2, 16], [WARPS, 1], [1, 0])
     HALF: gl.constexpr = gl.BlockedLayout([RUN // 2, 2], [2, 16], [WARPS, 1], [1, 0])
-    KEYS: gl.constexpr = gl.BlockedLayout([1, RUN], [32, 1], [1, WARPS], [1, 0])
+    # Two channels of eight slots a thread; where eight rows begin in eight different banks, nobody waits for another.
+    KEYS: gl.constexpr = gl.BlockedLayout([1, 2], [64 // RUN, RUN // 2], [1, WARPS], [1, 0])
+    CHUNKS: gl.constexpr = CHANNELS // 8  # of 16 bytes, of a slot's keys
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [32 // CHUNKS, CHUNKS], [WARPS, 1], [1, 0])
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, CHUNKS, [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, STATE)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     gdc_launch_dependents()
     states = gl.allocate_shared_memory(gl.float32, [STAGES, CHANNELS, 64], SHARED)
-    windows = gl.allocate_shared_memory(shift_ptr.dtype.element_ty, [STAGES, 64, CHANNELS], SHARED)
+    windows = gl.allocate_shared_memory(shift_ptr.dtype.element_ty, [STAGES, 64, CHANNELS], SWIZZLED)
     first_channel = gl.program_id(0) * CHANNELS
     first = gl.program_id(1) * SEQUENCES
     n_here = gl.minimum(batch - first, SEQUENCES)
@@ -56,7 +60,9 @@ def h3_step_hopper_kernel(
     state_ptrs = diag_ptr + first * diag_stride_b + at
     shift_ptr += first.to(gl.int64) * shift_stride_b
     # In the place behind the last slot the first one is read again, which has no tap there.
-    window_ptrs = shift_ptr + (wide[None, :] + gl.where(slots < PAST, slots, 0)[:, None] * shift_stride_s)
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+    across = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, COPY))
+    window_ptrs = shift_ptr + (across[None, :] + gl.where(rows < PAST, rows, 0)[:, None] * shift_stride_s)
     for s in gl.static_range(STAGES - 1):
         if s < n_here:
             async_copy.async_copy_global_to_shared(states.index(s), state_ptrs + s * diag_stride_b)
