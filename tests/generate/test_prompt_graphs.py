@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hippos.generate import Generator, prompt_graphs
+from hippos.generate.chunk import padded_len
 from hippos.generate.fused_read import FusedRead
+from hippos.generate.h3_decoder import H3Decoder
 from hippos.generate.prompt_graphs import PromptGraphs
 
 
@@ -46,15 +48,29 @@ def test_a_length_that_comes_again_is_captured_and_leaves_the_same_state(make_mo
 
 
 def test_later_tokens_and_many_are_read_without_a_graph(make_model, ids, captured, monkeypatch):
-    model = make_model(attn_layers=(1,))
-    monkeypatch.setattr("hippos.generate.h3_decoder.MOST_PADDED", 128)
+    model, padded = make_model(attn_layers=(1,)), []
+    monkeypatch.setattr("hippos.generate.h3_decoder.MOST_REPLAYED", 128)
+    monkeypatch.setattr("hippos.generate.h3_decoder.MOST_PADDED", 512)
+    read = H3Decoder.read_padded
+    monkeypatch.setattr(H3Decoder, "read_padded", lambda *args: padded.append(tuple(args[1].shape)) or read(*args))
     writer = Generator(model)
     writer._prompts = PromptGraphs(model)
-    for _ in range(3):
+    for _ in range(2):
         state = writer.read(ids(2, 65))
         writer.read(ids(2, 2), state=state)
-        writer.read(ids(5, 2))
+        for text in (ids(5, 2), ids(2, 128), ids(2, 257), [ids(65), ids(64)], [ids(65), ids(66)]):
+            writer.read(text)
     assert captured == []
+    assert padded == [(2, 128)] * 4
+
+
+def test_prompts_are_padded_to_few_lengths_and_by_little():
+    short = {padded_len(n) for n in range(1, 2049)}
+    assert len(short) == 24
+    for n in (1, 64, 65, 513, 1025, 2047, 2049, 5000):
+        assert n <= padded_len(n) < max(n + 64, 1.125 * n)
+        assert padded_len(n) % 64 == 0
+        assert padded_len(padded_len(n)) == padded_len(n)
 
 
 def test_graphs_go_with_the_weights_and_are_few(make_model, ids, captured, monkeypatch):

@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-MOST_PADDED = 2048
-"""Tokens up to which first tokens are padded, all texts and their padding together: more keep a GPU busy for longer
-than their launches take."""
+MOST_REPLAYED = 2048
+"""First tokens up to which there are graphs of reading, all texts and their padding together: more of them keep a GPU
+busy for longer than their launches take."""
+
+MOST_PADDED = 8192
+"""First tokens up to which padding costs less than the launches for what is left behind a text's last whole chunk."""
 
 MOST_PADDED_TEXTS = 4
-"""Texts up to which this is done, whose states are kept twice."""
+"""Texts up to which this is done: with a graph, their states are kept twice."""
 
 _LEAST_PADDED = 64  # samples that the mixing takes at once: no sequence ends within them
 _LENGTHS_OF_A_DOUBLING = 8
@@ -91,8 +94,9 @@ class Padding(NamedTuple):
 
 
 def padded_len(n_tokens: int) -> int:
-    """The length that a prompt is padded to: of few lengths one that is little longer."""
-    step = max(_LEAST_PADDED, 2 ** (n_tokens.bit_length() - 1) // _LENGTHS_OF_A_DOUBLING)
+    """The length that a prompt is padded to: of few lengths, as far as there are graphs, one that is little longer."""
+    is_short = n_tokens <= MOST_REPLAYED
+    step = max(_LEAST_PADDED, 2 ** (n_tokens.bit_length() - 1) // _LENGTHS_OF_A_DOUBLING) if is_short else _LEAST_PADDED
     return -(-n_tokens // step) * step
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippos.generate.chunk import MOST_PADDED, MOST_PADDED_TEXTS, Chunk, Padding, pad_left, padded_len
+from hippos.generate.chunk import MOST_PADDED, MOST_PADDED_TEXTS, MOST_REPLAYED, Chunk, Padding, pad_left, padded_len
 from hippos.generate.fused_read import FusedRead, takes_mixer
 from hippos.generate.fused_step import FusedStep
 from hippos.generate.read_attention import attend_chunk
@@ -173,9 +173,13 @@ class H3Decoder:
 
     def _pads(self, chunk: Chunk) -> bool:
         """Whether the tokens are the first ones of all texts, and so few that padding them costs next to nothing."""
-        n_tokens = len(chunk.rows) * padded_len(max(chunk.lengths))
-        is_short = len(chunk.rows) <= MOST_PADDED_TEXTS and n_tokens <= MOST_PADDED
-        return is_short and chunk.is_fresh and chunk.takes_all and self._reads_fused and self._can_pad
+        batch, length = len(chunk.rows), padded_len(max(chunk.lengths))
+        if batch * length > MOST_REPLAYED:
+            is_level = padded_len(min(chunk.lengths)) == length
+            if batch * length > MOST_PADDED or not is_level or min(chunk.lengths) == length:
+                return False
+        is_first = batch <= MOST_PADDED_TEXTS and chunk.is_fresh and chunk.takes_all
+        return is_first and self._reads_fused and self._can_pad
 
     @cached_property
     def _can_pad(self) -> bool:
@@ -186,7 +190,8 @@ class H3Decoder:
     def _read_first(self, pieces: Sequence[Tensor]) -> None:
         state, lengths = self.state, [len(piece) for piece in pieces]
         length = padded_len(max(lengths))
-        if self._replays is None or not self._replays.read(pieces, length, state):
+        replays = self._replays if len(pieces) * length <= MOST_REPLAYED else None
+        if replays is None or not replays.read(pieces, length, state):
             ids = pieces[0].new_empty(len(pieces), length)
             n_padding = ids.new_empty(len(pieces))
             pad_left(pieces, ids, n_padding)
