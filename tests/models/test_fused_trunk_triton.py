@@ -245,6 +245,23 @@ def test_same_loss_and_gradients_on_a_gpu(monkeypatch, is_frugal, autocast):
         assert errors[0] < max(1.5 * errors[1], 1e-4), name
 
 
+@pytest.mark.gpu
+def test_matrices_are_in_half_precision_beside_other_parameters_as_sharded_blocks_gather_them(monkeypatch):
+    sizes = {"hidden_size": 128, "state_size": 64, "num_attention_heads": 2, "vocab_size": 320}
+    model, ids = make("cuda", **sizes), torch.randint(320, (4, 200), device="cuda")
+    usual = run(model, ids, autocast=True)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.bfloat16()
+    calls = calls_of(monkeypatch)
+    found = run(model, ids, autocast=True)
+    assert calls
+    torch.testing.assert_close(found[0], usual[0], rtol=2e-3, atol=0)
+    for name, gradient in usual[1].items():
+        assert found[1][name].dtype == dict(model.named_parameters())[name].dtype
+        assert float((found[1][name] - gradient).norm() / gradient.norm()) < 2e-2, name
+
+
 def sharded(out):
     """Steps of a plain model and a sharded one, whose blocks keep their gathered weights or do not."""
     from torch.distributed.tensor import DTensor

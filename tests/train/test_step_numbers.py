@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hippos.errors import TrainingError
 from hippos.train import RunProgress, TrainConfig, apply_settings, train
 from hippos.train.checkpoints import complete_checkpoints
 from hippos.train.metrics import read_metrics
+from hippos.train.processes import Processes
 from hippos.train.step_numbers import StepNumbers, skip_updates_unless_finite
 from hippos.train.trainer import RunTrainer
+from tests.train import workers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -46,6 +50,30 @@ def test_nothing_is_updated_from_the_first_bad_step_on(device: str) -> None:
     for after, count in seen[1:]:
         assert torch.equal(after, seen[0][0])
         assert count == 1
+
+
+def skip_sharded(out: Path) -> None:
+    """Steps of a sharded weight, of which the second is not finite."""
+    rank, device = Processes.join().rank, torch.device("cpu")
+    linear = nn.Linear(2, 4)
+    fully_shard(linear, mesh=init_device_mesh(device.type, (2,)))
+    optimiser = torch.optim.AdamW(linear.parameters(), lr=0.1, fused=True)
+    seen = []
+    for loss in (1.0, math.nan, 1.0):
+        for parameter in linear.parameters():
+            parameter.grad = torch.full_like(parameter, loss)
+        skip_updates_unless_finite(optimiser, torch.tensor([loss, 2.0]))
+        optimiser.step()
+        seen.append([parameter.full_tensor().detach().clone() for parameter in linear.parameters()])
+    if rank == 0:
+        torch.save(seen, out)
+
+
+def test_no_shard_is_updated_from_the_first_bad_step_on(tmp_path: Path) -> None:
+    workers.run_workers(2, skip_sharded, tmp_path / "seen.pt", log=tmp_path / "log")
+    first, *later = torch.load(tmp_path / "seen.pt")
+    for after in later:
+        assert all(map(torch.equal, after, first))
 
 
 @pytest.mark.gpu

@@ -157,8 +157,7 @@ class RunTrainer(CheckpointingTrainer):
         )
         self.model_accepts_loss_kwargs = False  # Trainer up to 5.17 asks this instead of `loss_is_scaled_for_ga`
         self.remove_callback(PrinterCallback)
-        # A fused step can be skipped by the device, but not yet that of sharded parameters.
-        self._reads_late = self.args.device.type == "cuda" and not is_sharded(model)
+        self._reads_late = self.args.device.type == "cuda"
         if not processes.is_alone:
             seed_process(config.optim.seed, processes, first_step)
         is_sharing = self._context_size > 1 and config.run.parallel == "ddp" and processes.share_a_machine

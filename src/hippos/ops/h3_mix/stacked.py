@@ -58,7 +58,8 @@ def stack_projections(projections: Projections, dtype: torch.dtype) -> Stacked:
     from hippos.ops.h3_mix.kernels_stack import stack_kernel
 
     matrices = [weight.contiguous() for weight in weights]
-    vectors = [matrix if bias is None else bias.contiguous() for bias, matrix in zip(biases, matrices, strict=True)]
+    absent = present[0] if present else matrices[0]  # not read, but of the dtype of what is
+    vectors = [absent if bias is None else bias.contiguous() for bias in biases]
     n_weights = matrices[0].numel()
     stack_kernel[(-(-n_weights // BLOCK), 4)](
         *matrices, *vectors, *stacked, n_weights, d_model, N_VECTORS=len(present), BLOCK=BLOCK
