@@ -127,6 +127,8 @@ def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, **co
             allocate(dtype, shape, layout) if dtype != torch.int64 else _barriers(shape, is_over)
         )
         names["_meet"] = lambda count, n: meeting.wait(timeout=60)
+        names["_power_of_two"] = lambda x: Value(x.tensor.exp2())
+        names["_inverse"] = lambda x: Value(1.0 / x.tensor)
         names["mbarrier"] = SimpleNamespace(
             MBarrierLayout=_nothing,
             init=lambda barrier, count: barrier.init(count),
@@ -159,7 +161,7 @@ def _copy_tile_and_tell(source, place, barrier, tile, pred=True):
     row, column = (int(raw(x)) for x in place)
     n_rows, n_columns = tile.tensor.shape
     if bool(raw(pred)):
-        assert 0 <= row
+        assert row >= 0
         assert 0 <= column <= source.matrix.shape[1] - n_columns
         found = source.matrix[row : row + n_rows, column : column + n_columns]
         tile.tensor.zero_()[: len(found)] = found

@@ -18,10 +18,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @gluon.jit
+def _power_of_two(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _inverse(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _gelu(x):
-    """GELU in its tanh form; 1 - 2 / (exp(2 u) + 1) is tanh u."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x - x / (gl.exp(gl.minimum(2.0 * u, 60.0)) + 1.0)
+    """GELU in its tanh form, x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x * _inverse(1.0 + _power_of_two(x * (-2.302208198 - 0.1029432397 * (x * x))))
 
 
 @gluon.jit
