@@ -127,10 +127,12 @@ def check_split(generator, shape, device):
     outputs, gradients = run_chain(values, True)
     wanted, usual = run_chain(values | {"second": values["second"].float()}, False)  # its gradient is not rounded then
     usual["second"] = split(usual["second"])[0]
-    assert all(map(torch.equal, outputs, wanted))
+    for got, want in zip(outputs, wanted, strict=True):  # in the same arithmetic, but not in the same order
+        torch.testing.assert_close(got, want, rtol=1e-6 if got.dtype == torch.float32 else 2**-7, atol=1e-6)
     for name, gradient in gradients.items():
         assert gradient.dtype == usual[name].dtype
-        assert torch.equal(gradient, usual[name]), name
+        error = float((gradient.double() - usual[name].double()).norm() / usual[name].double().norm())
+        assert error < (2e-6 if gradient.dtype == torch.float32 else 1e-4), name
 
 
 @pytest.mark.gpu

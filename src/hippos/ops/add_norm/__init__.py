@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hippos.errors import UnsupportedError
-from hippos.ops.add_norm.autograd import add_norm_op, renorm_op
+from hippos.ops.add_norm.autograd import add_norm_op, norm_of_stream, renorm_op
 from hippos.ops.add_norm.reference import add_norm_reference
 from hippos.ops.add_norm.split import is_split
 from hippos.ops.arguments import Impl, check_impl
@@ -124,8 +124,11 @@ def add_norm_kept(
     of the update as well. A split stream, of one axis more than the update, is taken as it is. Neither it nor its
     gradient are numbers to add: it must go to one `add_norm_kept` only.
     """
-    total, normed, mean, rstd = add_norm_op(stream, update, update_bias, weight, bias, eps, dtype, splits)
-    return NormKept(stream if update is None else total, normed, mean, rstd, weight, bias)
+    if update is None:
+        total, normed, mean, rstd = norm_of_stream(stream, weight, bias, eps, dtype)
+    else:
+        total, normed, mean, rstd = add_norm_op(stream, update, update_bias, weight, bias, eps, dtype, splits)
+    return NormKept(total, normed, mean, rstd, weight, bias)
 
 
 def _why_not_triton(stream: Tensor) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,13 +137,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return *_gradients(ctx, dsum, dnormed, ctx.needs_input_grad[:5]), None, None, None
+
+
+def _gradients(
+    ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Of stream, update, its bias, and the norm's weight and bias."""
     if dsum is None and dnormed is None:
-        return (None,) * 8
+        return (None,) * 5
     if torch.is_grad_enabled():  # only then would this pass be recorded, and what was saved taken for constants
         raise UnsupportedError("add_norm cannot be differentiated twice (create_graph=True)")
     total, mean, rstd, weight = ctx.saved_tensors
     dstream, dupdate, sums = add_norm_backward_op(dsum, dnormed, total, mean, rstd, weight, *ctx.forms)
-    needs_stream, needs_update, needs_update_bias, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    needs_stream, needs_update, needs_update_bias, needs_weight, needs_bias = needed
     update_bias_dtype, bias_dtype = ctx.bias_dtypes
     if needs_update and not dupdate.numel():
         dupdate = dstream[0] if ctx.forms[1] is None else dstream
@@ -152,10 +160,34 @@ def _backward(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *_: Any) ->
         sums[2].to(update_bias_dtype) if needs_update_bias else None,
         sums[0].to(weight.dtype) if needs_weight else None,
         sums[1].to(bias_dtype) if needs_bias else None,
-        None,
-        None,
-        None,
     )
+
+
+class _NormOfStream(torch.autograd.Function):
+    """A norm that hands the stream on: what an operator of a library may not, and what spares a sum of gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stream: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = (stream, None, None, weight, bias, eps, dtype, False)
+        output = add_norm_op(*inputs)
+        _save(ctx, inputs, output)
+        return stream, *output[1:]
+
+    @staticmethod
+    def backward(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        found = _gradients(ctx, dsum, dnormed, (needed[0], False, False, needed[1], needed[2]))
+        return found[0], *found[3:], None, None
+
+
+def norm_of_stream(
+    stream: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stream as it is, its norm, means and inverse deviations of the rows; one gradient of the stream goes back."""
+    call: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _NormOfStream.apply
+    return call(stream, weight, bias, eps, dtype)
 
 
 add_norm_op.register_autograd(_backward, setup_context=_save)

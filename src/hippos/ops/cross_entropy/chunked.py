@@ -68,8 +68,9 @@ def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
     n_rows = n_aligned(weight)
     if n_rows == len(weight):
         return weight.to(dtype)
-    rows = weight.new_zeros(n_rows, weight.shape[1], dtype=dtype)
+    rows = weight.new_empty(n_rows, weight.shape[1], dtype=dtype)
     rows[: len(weight)] = weight
+    rows[len(weight) :] = 0
     return rows
 
 
