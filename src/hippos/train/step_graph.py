@@ -65,7 +65,7 @@ class GraphedPasses:
                 passes(dict(self._inputs))
             before_capture()
             if mean is not None:
-                mean()  # connects the processes, which a capture could not
+                mean.connect()
                 self._passes = mean.around(passes)
             self._clear_gradients()
         torch.cuda.current_stream(device).wait_stream(stream)
