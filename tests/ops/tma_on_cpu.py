@@ -97,8 +97,11 @@ class Barriers(list):
         return self[int(index)]
 
 
-def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, **constants) -> None:
-    """As `run_program`, for programs of one axis of which each waits for all others in ``_meet``; so do their warps."""
+def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, ask=_nothing, **constants) -> None:
+    """As `run_program`, for programs of one axis of which each waits for all others in ``_meet``; so do their warps.
+
+    What they ask the cache for is told to ``ask``: pointers and numbers of bytes.
+    """
     given = [_given(x) for x in args]
     meeting, errors, is_over = threading.Barrier(n_programs), [], threading.Event()
 
@@ -127,6 +130,7 @@ def run_meeting_programs(module: Path, kernel: str, n_programs: int, *args, **co
             allocate(dtype, shape, layout) if dtype != torch.int64 else _barriers(shape, is_over)
         )
         names["_meet"] = lambda count, n: meeting.wait(timeout=60)
+        names["_ask"] = ask
         names["_power_of_two"] = lambda x: Value(x.tensor.exp2())
         names["_inverse"] = lambda x: Value(1.0 / x.tensor)
         names["mbarrier"] = SimpleNamespace(

@@ -14,6 +14,7 @@ from hippos.layers import H3
 from hippos.layers.projections import is_plain_linear
 from hippos.layers.rotary import apply_rotary, rotary_angles
 from hippos.models.attention import CachedSelfAttention
+from hippos.ops import H3State
 from hippos.ops.decode import (
     N_COUNTS,
     Between,
@@ -130,8 +131,11 @@ class FusedStep:
         for i, (block, layer) in enumerate(zip(blocks, state.layers, strict=True)):
             mixed = self._mix_projected(block.mixer, projected, layer, state)
             following = blocks[i + 1] if i + 1 < len(blocks) else None
-            maps = _between(block, following)
-            projected = between_mixings(mixed, x, maps, counts[i], counts[(i + 1) % len(counts)])
+            coming = state.layers[(i + 1) % len(blocks)]
+            projected = between_mixings(
+                mixed, x, _between(block, following), counts[i], counts[(i + 1) % len(counts)],
+                coming=coming if isinstance(coming, H3State) and following is not None else None,
+            )  # fmt: skip
         return projected, blocks[-1].mlp.fc2.bias
 
     def _mix(

@@ -199,6 +199,7 @@ def between_mixings(
     counts: Tensor,
     next_counts: Tensor,
     *,
+    coming: tuple[Tensor, Tensor] | None = None,
     impl: StepImpl = "triton",
 ) -> Tensor:
     """Take a few tokens from one mixing to the next, in one kernel whose programs wait for each other.
@@ -210,6 +211,8 @@ def between_mixings(
         maps: Weights and norms.
         counts: `N_COUNTS` zeros, int32, where programs count who has come; used up.
         next_counts: The counts of the next call, set to zero; of another call that may come before it has ended.
+        coming: An `H3State` that the next mixing reads, keys (B, D, N - 1) and states (B, D, M, 2): what lies as that
+            mixing reads it fastest is brought into the second-level cache while memory would be idle.
         impl: "triton" or "reference", which looks at no counts.
 
     Returns:
@@ -229,7 +232,7 @@ def between_mixings(
         )
     from hippos.ops.decode.launch_between import between_launch
 
-    return between_launch(mixed, x, maps, counts, next_counts)
+    return between_launch(mixed, x, maps, counts, next_counts, coming)
 
 
 def finish_step(
