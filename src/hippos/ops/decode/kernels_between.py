@@ -55,7 +55,6 @@ def _touch(pointer):
 @gluon.jit
 def _meet(count_ptr, n_programs):
     """Wait until so many programs have come here, counted from zero; each sees what the others have written before."""
-    _order_copies()
     gl.thread_barrier()
     gl.inline_asm_elementwise(
         """
@@ -81,7 +80,6 @@ def _meet(count_ptr, n_programs):
         pack=1,
     )
     gl.thread_barrier()
-    _order_copies()
 
 
 @gluon.jit
@@ -372,11 +370,13 @@ def _work(
         gl.store(u_ptr + own, u)
         if COUNT == 0:
             gl.store(x_ptr + own, x)
+    _order_copies()
     _meet(counts_ptr + 1, n_programs)
     mbarrier.arrive(known, count=1)
     inner = _product(x_ring, x_full, x_empty, w_ring, w_full, w_empty, OUT, FC1, BLOCK_N, X_TILES, W_TILES)
     inner = _gelu(inner + fc1_b[None, :])
     _leave_rounded(inner, inner_ptr, row, D_FF, batch, BLOCK_N)
+    _order_copies()
     _meet(counts_ptr + 4 + split, n_programs // SPLITS)  # those whose outputs are this one's inputs
     mbarrier.arrive(known, count=1)
     if COUNT > 0:
@@ -394,6 +394,7 @@ def _work(
             x, u = _sum_and_norm(x, parts_ptr, b, norm_w, norm_b, next_eps, batch, D, SPLITS, x_ptr.dtype.element_ty)
             gl.store(u_ptr + own, u)
             gl.store(x_ptr + own, x)
+        _order_copies()
         _meet(counts_ptr + 3, n_programs)
         mbarrier.arrive(known, count=1)
         if has_in:
