@@ -12,6 +12,8 @@ from hippos.ops.column_sums.launch import column_sums
 
 # Tiles of so many numbers leave 32 of each tensor to a thread, and 16 in the backward pass.
 _TILE, _BWD_TILE = 4096, 2048
+_BWD_STAGES = 1
+_ROUNDED = False
 _PROGRAMS_PER_PROCESSOR = 4  # as many as have room there
 
 
@@ -104,7 +106,8 @@ def add_norm_bwd(
         _planes(total, splits), mean, rstd, weight, _planes(dstream, is_split), dupdate, shares,
         n_rows, d_model, n_rows * d_model, n_programs,
         HAS_DSUM=dsum is not None, HAS_DNORMED=dnormed is not None, WRITES_UPDATE=writes,
-        IS_SPLIT=is_split, SPLITS=splits, ROWS=rows, BLOCK_D=block, num_warps=4,
+        IS_SPLIT=is_split, SPLITS=splits, IS_ROUNDED=_ROUNDED,
+        ROWS=rows, BLOCK_D=block, STAGES=_BWD_STAGES, num_warps=4,
     )  # fmt: skip
     return dstream, dupdate, column_sums(shares)
 
