@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -126,3 +128,15 @@ def test_out_of_memory_loses_nothing(writer, prompts, tmp_path, monkeypatch):
     with pytest.raises(OutOfMemoryError, match="out of memory on cpu: 3 texts"):
         answer_file(Generator(writer.model, writer.tokenizer), prompts, out, SAMPLING, batch_size=3)
     assert out.read_text(encoding="utf-8") == first
+
+
+def test_a_full_disk_names_the_file(writer, prompts, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "answers.jsonl"
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*answers\.jsonl'"):
+            answer_file(writer, prompts, out, SAMPLING, batch_size=2)
+    assert answer_file(writer, prompts, out, SAMPLING, batch_size=2).n_before == 2

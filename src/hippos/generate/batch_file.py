@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hippos.errors import ConfigError, HipposError, PromptError
 from hippos.generate.engine import Generator
@@ -90,14 +90,21 @@ def answer_file(
             batch = waiting[start : start + batch_size]
             result = generator.generate([prompt.ids for prompt in batch], sampling, rows=[p.line for p in batch])
             sampling = replace(sampling, seed=result.seed)  # one for all batches
-            for line in _answer_lines(batch, result):
-                out.write(line)
-            out.flush()
-            os.fsync(out.fileno())
+            _store(out, _answer_lines(batch, result))
             n_answered += len(batch)
             n_tokens += int(result.lengths.sum())
             on_progress(len(done) + n_answered, len(found))
     return BatchReport(len(found), len(done), n_answered, n_tokens, sampling.seed or 0, tuple(broken))
+
+
+def _store(out: TextIO, lines: Iterable[str]) -> None:
+    """Write lines so that a crash does not lose them; an error names the file, as a full disk's own does not."""
+    try:
+        out.writelines(lines)
+        out.flush()
+        os.fsync(out.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, out.name) from error
 
 
 def _answer_lines(batch: list[_Prompt], result: Generated) -> Iterator[str]:

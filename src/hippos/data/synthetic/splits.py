@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Split", "draw_distinct", "make_splits", "stream"]
 
-# Draws for one wanted example before a language is taken to have no more of them.
-_MOST_DRAWS = 1000
+# Draws in a row that are all known, for each wanted example, after which a language is taken to have no others.
+_MOST_DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def draw_distinct(task: SyntheticTask, number: int, rng: np.random.Generator) ->
 def _top_up(task: SyntheticTask, rows: Ids, number: int, rng: np.random.Generator) -> Ids:
     known = {row.tobytes() for row in rows}
     more: list[Ids] = []
-    draws_left = _MOST_DRAWS * number
+    draws_left = most_draws = max(_MOST_DRAWS * number, 1000)
     while len(rows) + len(more) < number:
         if not draws_left:
             raise CorpusError(
@@ -141,4 +141,5 @@ def _top_up(task: SyntheticTask, rows: Ids, number: int, rng: np.random.Generato
         if row.tobytes() not in known:
             known.add(row.tobytes())
             more.append(row)
+            draws_left = most_draws
     return np.concatenate((rows, np.stack(more)))
