@@ -70,16 +70,17 @@ class Measured:
     """What the processes found.
 
     Args:
-        seconds: Seconds a step, of one process and of all together; the latter may be missing or fewer so far.
+        seconds: Seconds a step, of one process, the mean over processes, and of all together; the latter may be missing
+            or fewer so far.
         losses: The loss of the same sequences, by one process and by all.
         peak_bytes: The most memory that a process's tensors held.
-        slowest: Seconds a step of the process that is the slowest alone, the median.
+        alone: Seconds a step of each process alone, the median.
     """
 
     seconds: Mapping[str, list[float]]
     losses: Mapping[str, float]
     peak_bytes: Mapping[str, int]
-    slowest: float = 0.0
+    alone: Sequence[float] = ()
 
 
 def prepare_scaling(size: ScalingSize, context: Context) -> Workload:
@@ -140,7 +141,10 @@ def _what_times_mean(size: ScalingSize) -> str:
     n, tokens = size.n_processes, size.tokens
     if size.parallel == "context":
         return f"{ALONE}: a sequence of {tokens:,} tokens; {TOGETHER}: one of {n * tokens:,}"
-    return f"for {n * tokens:,} tokens, {n} steps of one process, on its own GPU while the others' run the same"
+    return (
+        f"for {n * tokens:,} tokens, {n} steps of one process, on its own GPU while the others' run the same, the mean "
+        "over processes"
+    )
 
 
 def run_processes(
@@ -269,4 +273,8 @@ def _findings(size: ScalingSize, found: Measured, samples: Samples) -> list[Find
         for name, n_bytes in found.peak_bytes.items()
         if n_bytes
     ]
-    return [*peaks, Finding("a step of the process that is the slowest alone", 1e3 * found.slowest, "ms")]
+    extremes = {"fastest": min(found.alone), "slowest": max(found.alone)}
+    return [
+        *peaks,
+        *(Finding(f"a step of the process that is the {name} alone", 1e3 * s, "ms") for name, s in extremes.items()),
+    ]

@@ -218,13 +218,18 @@ def _measure(
             peak_bytes={**found.peak_bytes, name: peak_bytes},
         )
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    apart: list[list[float]] = []
     for number in range(1, rounds + 1):
         for name, training in trainings.items():
             watch.begin(f"{name}: round {number} of {rounds}")
-            seconds[name].append(training.sample())
+            taken = training.sample()
+            if name == ALONE:  # GPUs differ by some per cent, and together they go at the pace of the slowest
+                apart.append(processes.gather(taken))
+                taken = statistics.mean(apart[-1])
+            seconds[name].append(taken)
+        if ALONE in names:
+            found = replace(found, alone=[statistics.median(own) for own in zip(*apart, strict=True)])
         found = replace(found, seconds={**found.seconds, **seconds})
-        slowest = max(processes.gather(statistics.median(found.seconds[ALONE])))
-        found = replace(found, slowest=slowest)
         # One process alone is not judged before all of its rounds are known.
         if TOGETHER in names or number == rounds:
             _write(found, processes, out)
