@@ -61,7 +61,7 @@ def test_later_tokens_and_many_are_read_without_a_graph(make_model, ids, capture
         for text in (ids(5, 2), ids(2, 128), ids(2, 257), [ids(65), ids(64)], [ids(65), ids(66)]):
             writer.read(text)
     assert captured == []
-    assert padded == [(2, 128)] * 4
+    assert padded == [(2, 128), (5, 64), (2, 128)] * 2
 
 
 def test_prompts_are_padded_to_few_lengths_and_by_little():

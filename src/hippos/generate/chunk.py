@@ -12,11 +12,11 @@ MOST_REPLAYED = 2048
 """First tokens up to which there are graphs of reading, all texts and their padding together: more of them keep a GPU
 busy for longer than their launches take."""
 
+MOST_REPLAYED_TEXTS = 4
+"""Texts up to which there are graphs, which keep their states twice."""
+
 MOST_PADDED = 8192
 """First tokens up to which padding costs less than the launches for what is left behind a text's last whole chunk."""
-
-MOST_PADDED_TEXTS = 4
-"""Texts up to which this is done: with a graph, their states are kept twice."""
 
 _LEAST_PADDED = 64  # samples that the mixing takes at once: no sequence ends within them
 _LENGTHS_OF_A_DOUBLING = 8

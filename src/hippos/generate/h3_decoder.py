@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippos.generate.chunk import MOST_PADDED, MOST_PADDED_TEXTS, MOST_REPLAYED, Chunk, Padding, pad_left, padded_len
+from hippos.generate.chunk import MOST_PADDED, MOST_REPLAYED, MOST_REPLAYED_TEXTS, Chunk, Padding, pad_left, padded_len
 from hippos.generate.fused_read import FusedRead, takes_mixer
 from hippos.generate.fused_step import FusedStep
 from hippos.generate.read_attention import attend_chunk
@@ -178,8 +178,7 @@ class H3Decoder:
             is_level = padded_len(min(chunk.lengths)) == length
             if batch * length > MOST_PADDED or not is_level or min(chunk.lengths) == length:
                 return False
-        is_first = batch <= MOST_PADDED_TEXTS and chunk.is_fresh and chunk.takes_all
-        return is_first and self._reads_fused and self._can_pad
+        return chunk.is_fresh and chunk.takes_all and self._reads_fused and self._can_pad
 
     @cached_property
     def _can_pad(self) -> bool:
@@ -190,8 +189,8 @@ class H3Decoder:
     def _read_first(self, pieces: Sequence[Tensor]) -> None:
         state, lengths = self.state, [len(piece) for piece in pieces]
         length = padded_len(max(lengths))
-        replays = self._replays if len(pieces) * length <= MOST_REPLAYED else None
-        if replays is None or not replays.read(pieces, length, state):
+        is_replayed = len(pieces) <= MOST_REPLAYED_TEXTS and len(pieces) * length <= MOST_REPLAYED
+        if self._replays is None or not is_replayed or not self._replays.read(pieces, length, state):
             ids = pieces[0].new_empty(len(pieces), length)
             n_padding = ids.new_empty(len(pieces))
             pad_left(pieces, ids, n_padding)
