@@ -48,8 +48,8 @@ def evaluate(
 ) -> None:
     """Measure a model's perplexity and bits per byte on a text.
 
-    Every token counts once. A stride below the window gives each token at least WINDOW - STRIDE tokens of context, at
-    WINDOW / STRIDE times the work.
+    Every token counts once. A stride below the window gives each token at least
+    WINDOW - STRIDE tokens of context, at WINDOW / STRIDE times the work.
 
     Example:
         hippos evaluate runs/demo --text notes.txt

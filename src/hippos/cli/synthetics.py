@@ -73,8 +73,8 @@ def synthetics(
 ) -> None:
     """Train small models on synthetic languages that need recall, and compare their mixers.
 
-    What DIR holds already is not computed again, so a table that was stopped goes on where it was. With --time-limit
-    the exit code is 75 as long as cells are missing.
+    What DIR holds already is not computed again: a table that was stopped
+    resumes. With --time-limit the exit code is 75 while cells are missing.
 
     Example:
         hippos synthetics --quick
