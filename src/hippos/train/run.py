@@ -236,7 +236,7 @@ def _loop(
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        with progress.steps(config.optim.steps, done), worker_errors(run, trainer.state, processes):
+        with progress.steps(config.optim.steps, done), worker_errors(run, trainer, processes):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         if metrics is not None:

@@ -20,12 +20,12 @@ _SIGNS = ("connection closed by peer", "connection reset by peer", "gloo", "nccl
 
 
 @contextmanager
-def worker_errors(run: Path, state: Any, processes: Processes) -> Iterator[None]:
+def worker_errors(run: Path, trainer: Any, processes: Processes) -> Iterator[None]:
     """Turn the error of a broken connection between processes into one that says how to go on.
 
     Args:
         run: The run's folder.
-        state: Trainer's, for the step.
+        trainer: Transformers' Trainer, for the step; its state is another object once it trains.
         processes: Those of the run; nothing is changed for a single one.
     """
     try:
@@ -34,8 +34,8 @@ def worker_errors(run: Path, state: Any, processes: Processes) -> Iterator[None]
         is_lost = isinstance(error, DistError) or any(sign in str(error).lower() for sign in _SIGNS)
         if processes.is_alone or not is_lost:
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise TrainingError(
-            f"a worker was lost after step {state.global_step} (process {processes.rank} of {processes.world_size} "
+            f"a worker was lost after step {trainer.state.global_step} (process {processes.rank} of {processes.world_size} "
             f"noticed: {reason}). {where_to_go_on(run)}, with any number of processes that divides optim.batch_size"
         ) from error
