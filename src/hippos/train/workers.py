@@ -35,7 +35,8 @@ def worker_errors(run: Path, trainer: Any, processes: Processes) -> Iterator[Non
         if processes.is_alone or not is_lost:
             raise
         reason = str(error).splitlines()[0].partition(". ")[0]
+        who = f"process {processes.rank} of {processes.world_size}"
         raise TrainingError(
-            f"a worker was lost after step {trainer.state.global_step} (process {processes.rank} of {processes.world_size} "
-            f"noticed: {reason}). {where_to_go_on(run)}, with any number of processes that divides optim.batch_size"
+            f"a worker was lost after step {trainer.state.global_step} ({who} noticed: {reason}). "
+            f"{where_to_go_on(run)}, with any number of processes that divides optim.batch_size"
         ) from error
