@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import MambaConfig, MambaForCausalLM
 
-from hippos.errors import ConfigError, UnsupportedError
+from hippos import H3Config, H3Model
+from hippos.errors import ConfigError, PromptError, UnsupportedError
 from hippos.generate import Generator, Sampling, generate
 from hippos.generate.h3_decoder import H3Decoder
 from tests.generate.small_models import N_NEW, SHAPES, written_by_transformers
@@ -122,7 +124,10 @@ def test_streams_step_by_step(make_model, ids):
     first = writer.stream(prompt, Sampling(max_new_tokens=N_NEW, temperature=0))
     next(first)
     writer.generate(prompt, Sampling(max_new_tokens=2, temperature=0))
-    assert list(first) == []  # the generator went on to another batch
+    with pytest.raises(RuntimeError, match="a newer call of this Generator has taken its states"):
+        next(first)
+    first.close()
+    assert list(first) == []
 
 
 def test_stop_strings_end_rows_of_a_batch(random_h3, tokenizer):
@@ -148,6 +153,16 @@ def test_other_models_of_transformers(random_gpt2, ids):
         Generator(random_gpt2).read(prompts)
     with pytest.raises(UnsupportedError, match="H3 models only"):
         generate(random_gpt2, prompts, keep_state=True)
+    with pytest.raises(PromptError, match=r"has 250 tokens, and 7 more .* table of positions .* 256"):
+        generate(random_gpt2, ids(1, 250), max_new_tokens=7)
+
+
+def test_models_that_cannot_be_asked_for_tokens_are_refused(random_gpt2, ids):
+    sizes = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    mamba = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    for model in (random_gpt2.transformer, H3Model(H3Config(**sizes, num_attention_heads=1)).eval(), mamba):
+        with pytest.raises(UnsupportedError, match=f"a {type(model).__name__} is no causal language model"):
+            generate(model, ids(1, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

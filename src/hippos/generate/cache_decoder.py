@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hippos.errors import UnsupportedError
 
+_WANTED = "is no causal language model that gives logits and past_key_values"
+
 
 class CacheDecoder:
     """A model of Transformers' conventions with its cache; ragged prompts are padded on the left.
@@ -19,6 +21,9 @@ class CacheDecoder:
     Args:
         model: The model.
         chunk_len: Tokens of each text that are read at once; None: all.
+
+    Raises:
+        UnsupportedError: If the model is no causal language model.
     """
 
     def __init__(self, model: Any, *, chunk_len: int | None = None) -> None:
@@ -28,7 +33,10 @@ class CacheDecoder:
         self._cache: Any = None
         self._mask: Tensor | None = None
         self._logits: Tensor | None = None
-        self._takes_positions = "position_ids" in inspect.signature(getattr(model, "forward", model)).parameters
+        parameters = inspect.signature(getattr(model, "forward", model)).parameters
+        if "logits_to_keep" not in parameters and "kwargs" not in parameters:
+            raise UnsupportedError(f"a {type(model).__name__} {_WANTED}")
+        self._takes_positions = "position_ids" in parameters
 
     def read(self, pieces: Sequence[Tensor]) -> None:
         """Read the tokens of each text.
@@ -37,7 +45,7 @@ class CacheDecoder:
             pieces: For each row its ids, shape (n,), n >= 1, on the model's device.
 
         Raises:
-            UnsupportedError: If the texts go on with ragged pieces.
+            UnsupportedError: If the texts go on with ragged pieces, or the model keeps no cache in Transformers' way.
         """
         lengths = [piece.shape[0] for piece in pieces]
         longest = max(lengths)
@@ -73,6 +81,8 @@ class CacheDecoder:
             if self._takes_positions:
                 more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **more)
+        if getattr(output, "logits", None) is None or getattr(output, "past_key_values", None) is None:
+            raise UnsupportedError(f"a {type(self.model).__name__} {_WANTED}")
         self._logits, self._cache = output.logits[:, -1], output.past_key_values
 
     def _see(self, pieces: Sequence[Tensor]) -> None:

@@ -33,7 +33,8 @@ class Generator:
     """Generates repeatedly with one model: states, and on a GPU the captured decode step, are made once and kept.
 
     Prompts are prefilled in parallel, in chunks, ragged ones side by side without padding. A decode step has constant
-    cost in the SSM layers. A generator serves one batch at a time: a new call ends the previous stream.
+    cost in the SSM layers. A generator serves one batch at a time: after a new call the previous stream yields no more
+    tokens, and raises RuntimeError if it has not ended.
 
     Args:
         model: An H3 language model, or any causal language model of Transformers (then on its own cache, one call a
@@ -246,6 +247,7 @@ class Generator:
         rooms = {
             "the attention layers' cache (context)": self.context,
             "the model's learned positions": getattr(self.model.config, "learned_positions", None),
+            "the model's table of positions": getattr(self.model.config, "n_positions", None),  # GPT-2 and its like
         }
         for name, room in rooms.items():
             if room and n_tokens + max_new_tokens > room:
@@ -348,7 +350,7 @@ class Generator:
 
     def _close(self) -> None:
         if self._stream is not None:
-            self._stream.close()
+            self._stream.replace()
             self._stream = None
 
 

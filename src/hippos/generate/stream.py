@@ -103,11 +103,13 @@ class TokenStream(Iterator[NewTokens]):
         self._steps = steps
         self._steps.start(sampling.seed, rows, max_new_tokens=sampling.max_new_tokens)
         self.seed = self._steps.seed
-        self._is_closed = False
+        self._is_closed = self._is_replaced = False
 
     def __next__(self) -> NewTokens:
         if self._is_closed or None not in self.finish_reasons:
             raise StopIteration
+        if self._is_replaced:
+            raise RuntimeError("a newer call of this Generator has taken its states; use a Generator for each stream")
         with self._guard():
             tokens, log_probs = self._steps.next()
         before = None if self._writers is None else [writer.n_pieces for writer in self._writers]
@@ -161,6 +163,10 @@ class TokenStream(Iterator[NewTokens]):
     def close(self) -> None:
         """End the stream: nothing more comes."""
         self._is_closed = True
+
+    def replace(self) -> None:
+        """Give the states up to a newer call: asking for more is an error, unless all rows have ended."""
+        self._is_replaced = True
 
     def padded_tokens(self) -> Tensor:
         """New tokens so far, shape (B, n), the padding token after the end of a row."""
