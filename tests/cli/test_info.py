@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
 import transformers
@@ -30,8 +31,14 @@ def test_says_whether_there_is_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert compiler().startswith("none")
-    (tmp_path / "clang++").touch(mode=0o755)
-    assert compiler() == str(tmp_path / "clang++")
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    for name in (default, "other"):
+        (tmp_path / name).touch(mode=0o755)
+    assert compiler() == str(tmp_path / default)
+    monkeypatch.setenv("CXX", "other")
+    assert compiler() == str(tmp_path / "other")
+    monkeypatch.setenv("CXX", "missing")
+    assert compiler().startswith("none"), "torch takes no other one then"
 
 
 def test_text_names_every_entry_of_the_json():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from safetensors.torch import load_file
 
+from hippos.errors import UnsupportedError
 from hippos.models import H3Config, H3ForCausalLM
 from hippos.train import RunProgress, TrainConfig, apply_settings, train, trainer
 from hippos.train.arguments import recompute_cheap_parts
@@ -61,6 +63,16 @@ def test_a_compiled_run(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.M
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
     plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
     assert found.keys() == plain.keys()
+
+
+def test_a_cpu_without_a_compiler_says_so_and_the_folder_stays_free(tiny: TrainConfig, tmp_path: Path) -> None:
+    progress = RunProgress(is_quiet=True)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(UnsupportedError, match="run.compile needs a C.. compiler on a CPU"),
+    ):
+        train(apply_settings(tiny, ["compile=yes"]), tmp_path / "run", progress=progress)
+    train(apply_settings(tiny, ["steps=1"]), tmp_path / "run", progress=progress)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -102,9 +102,7 @@ def _cpp_compiler() -> str:
     """What torch.compile needs to compile for the CPU; nothing else here does."""
     import os
     import shutil
+    import sys
 
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    return "none: torch.compile works on GPUs only"
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch._inductor.config has it
+    return shutil.which(name) or "none: torch.compile works on GPUs only"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hippos.errors import UnsupportedError
+
 __all__ = ["compile_blocks", "without_compilation"]
 
 
@@ -22,7 +24,10 @@ def compile_blocks(model: PreTrainedModel, **options: Any) -> None:
 
     Raises:
         ValueError: If it has no such blocks.
+        UnsupportedError: If it is on a CPU, for which torch.compile finds no C++ compiler.
     """
+    if model.device.type == "cpu" and options.get("backend", "inductor") == "inductor":
+        _require_cpp_compiler()
     # A block holds about as many gradients as DDP reduces at once, so its graph need not be cut for that.
     torch._dynamo.config.optimize_ddp = False
     names = model._no_split_modules or ()
@@ -32,6 +37,19 @@ def compile_blocks(model: PreTrainedModel, **options: Any) -> None:
     for block in blocks:
         # Every batch of a run has the same shape; a graph for any shape would be slower.
         block.compile(**{"dynamic": False, **options})
+
+
+def _require_cpp_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UnsupportedError(
+            "run.compile needs a C++ compiler on a CPU: g++, or what the environment variable CXX names; "
+            "set run.compile=no, or install one"
+        ) from error
 
 
 def without_compilation() -> Any:

@@ -180,7 +180,8 @@ def holds_run(run: Path) -> bool:
 
 def _has_begun(run: Path) -> bool:
     """Whether the run in a folder came as far as its first step."""
-    return (run / METRICS_FILE).exists() or any(run.glob("checkpoint-*"))
+    metrics = run / METRICS_FILE
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(run.glob("checkpoint-*"))
 
 
 def _clear(run: Path) -> None:
