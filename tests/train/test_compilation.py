@@ -69,7 +69,7 @@ def test_a_cpu_without_a_compiler_says_so_and_the_folder_stays_free(tiny: TrainC
     progress = RunProgress(is_quiet=True)
     with (
         torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
-        pytest.raises(UnsupportedError, match="run.compile needs a C.. compiler on a CPU"),
+        pytest.raises(UnsupportedError, match=r"run.compile needs a C.. compiler on a CPU"),
     ):
         train(apply_settings(tiny, ["compile=yes"]), tmp_path / "run", progress=progress)
     train(apply_settings(tiny, ["steps=1"]), tmp_path / "run", progress=progress)
