@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
 
 from hippos.data import (
     BlockOrder,
@@ -43,7 +39,7 @@ from hippos.train.arguments import (
 )
 from hippos.train.checkpointing import CheckpointingTrainer
 from hippos.train.compilation import compile_blocks, without_compilation
-from hippos.train.config import TrainConfig
+from hippos.train.config import RunConfig, TrainConfig
 from hippos.train.flops import peak_flops, training_flops_per_token
 from hippos.train.flow import LossWindow, StepClock, StepFlow
 from hippos.train.gradient_mean import GradientMean
@@ -139,14 +135,7 @@ class RunTrainer(CheckpointingTrainer):
         self._uses_graph = uses_graph(config, arguments.device, processes)
         self._peak_flops = peak_flops(arguments.device)
         self._flops_per_token = training_flops_per_token(model, config.data.seqlen)
-        if config.run.activation_checkpointing:
-            checkpoint_activations(model)
-        elif config.run.recompute_cheap_parts:
-            recompute_cheap_parts(model)
-        if config.run.compile:
-            compile_blocks(model)
-        if config.run.parallel == "fsdp" and not processes.is_alone:
-            shard_model(model, arguments.device, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
+        _adapt(model, config.run, arguments, processes)
         super().__init__(
             model=model,
             args=arguments,
@@ -160,8 +149,13 @@ class RunTrainer(CheckpointingTrainer):
         self._reads_late = self.args.device.type == "cuda"
         if not processes.is_alone:
             seed_process(config.optim.seed, processes, first_step)
-        is_sharing = self._context_size > 1 and config.run.parallel == "ddp" and processes.share_a_machine
-        if (self._uses_graph and not processes.is_alone) or is_sharing:
+        self._choose_exchange(model)
+
+    def _choose_exchange(self, model: PreTrainedModel) -> None:
+        """Leave the exchange of gradients to DDP, or take it over."""
+        is_alone = self.processes.is_alone
+        is_sharing = self._context_size > 1 and self.config.run.parallel == "ddp" and self.processes.share_a_machine
+        if (self._uses_graph and not is_alone) or is_sharing:
             # Processes that share sequences wait for each other in every layer: exchanges by DDP's hooks would then lie
             # on multiprocessors that a layer could use.
             self._mean = GradientMean(model.parameters())
@@ -388,3 +382,15 @@ class RunTrainer(CheckpointingTrainer):
                 self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
+
+
+def _adapt(model: PreTrainedModel, run: RunConfig, arguments: TrainingArguments, processes: Processes) -> None:
+    """Let a model recompute, compile and share out what the configuration says."""
+    if run.activation_checkpointing:
+        checkpoint_activations(model)
+    elif run.recompute_cheap_parts:
+        recompute_cheap_parts(model)
+    if run.compile:
+        compile_blocks(model)
+    if run.parallel == "fsdp" and not processes.is_alone:
+        shard_model(model, arguments.device, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
