@@ -66,7 +66,7 @@ def test_fused_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch):
     assert_steps_are_as_near_to_float64_as_the_layers(shape, dtype, batch)
 
 
-@pytest.mark.parametrize(("batch", "dtype"), [(2, torch.bfloat16), (64, torch.float16)])
+@pytest.mark.parametrize(("batch", "dtype"), [(2, torch.bfloat16), (16, torch.bfloat16), (64, torch.float16)])
 def test_steps_of_a_wide_model_are_as_near_to_float64_as_the_layers(batch, dtype):
     shape = {"hidden_size": 2048, "num_attention_heads": 16, "attn_layers": (1,), "state_size": 64}
     assert_steps_are_as_near_to_float64_as_the_layers({**shape, "initializer_range": 0.02}, dtype, batch)
@@ -135,7 +135,7 @@ def test_short_prompts_are_read_from_graphs(shape, dtype):
 def test_wide_models_write_the_same_from_two_streams():
     """Their steps' programs wait for each other, and take turns."""
     fields = {"hidden_size": 2048, "num_attention_heads": 16, "attn_layers": (1,), "state_size": 64}
-    model, prompt = make_model(dtype=torch.bfloat16, **fields), draw(8, 7)
+    model, prompt = make_model(dtype=torch.bfloat16, **fields), draw(16, 7)
     writers = [Generator(model, context=64) for _ in range(2)]
     sampling = Sampling(max_new_tokens=40, temperature=0)
     wanted = [writer.generate(prompt, sampling).tokens for writer in writers]

@@ -9,8 +9,8 @@ import torch
 
 from hippos.errors import UnsupportedError
 from hippos.ops import decode
-from hippos.ops.decode import N_COUNTS, Between, between_mixings, launch_between, takes_between
-from hippos.ops.decode.launch_between import Ahead, fits_between
+from hippos.ops.decode import N_COUNTS, Between, between_mixings, takes_between
+from hippos.ops.decode.launch_between import fits_between
 from hippos.ops.decode.turns import may_share_with_processes
 from tests.ops.tma_on_cpu import Descriptor, run_meeting_programs
 
@@ -35,7 +35,7 @@ def draw_maps(generator, d_model, d_ff, count, *, device="cpu", dtype=torch.floa
     )  # fmt: skip
 
 
-def run(mixed, x, maps, *, block_k, w_tiles, x_tiles, coming=None, ahead=(0,) * 8, sequences=1, ask=None):
+def run(mixed, x, maps, *, block_k, w_tiles, x_tiles, n_asked=0, ask=lambda *_: None):
     """The kernel's output, or the parts that it leaves behind the last layer; counts for the next are set to zero."""
     (batch, d_model), d_ff, count = x.shape, maps.fc1[0].shape[0], len(maps.weights_in)
     splits = d_ff // d_model
@@ -46,18 +46,15 @@ def run(mixed, x, maps, *, block_k, w_tiles, x_tiles, coming=None, ahead=(0,) * 
     y, parts = torch.full((batch, len(weights) * d_in), torch.nan), torch.full((2, splits, batch, d_model), torch.nan)
     u, inner = torch.full_like(x, torch.nan), torch.full((batch, d_ff), torch.nan)
     next_counts = torch.full((N_COUNTS,), 77, dtype=torch.int32)
-    keys, diag = coming or (x, parts)
     run_meeting_programs(
         MODULE, "between_kernel", d_ff // 64,
         Descriptor(mixed), Descriptor(u), Descriptor(inner), x, u, inner, y, parts,
         torch.zeros(N_COUNTS, dtype=torch.int32), next_counts,
         Descriptor(maps.out[0]), Descriptor(maps.fc1[0]), Descriptor(maps.fc2[0]), *descriptors,
         maps.out[1], maps.fc1[1], maps.fc2[1], bias, d_in, 2 * d_in,
-        *maps.norm[:2], *maps.next_norm[:2], EPS, NEXT_EPS, batch,
-        maps.fc1[0], maps.fc2[0], torch.cat(weights), d_in * d_model, 2 * d_in * d_model,
-        diag, keys, diag.stride(0), keys.stride(0), keys.stride(-1), keys.shape[-1], sequences, *ahead,
+        *maps.norm[:2], *maps.next_norm[:2], EPS, NEXT_EPS, batch, maps.fc1[0], n_asked,
         D=d_model, D_FF=d_ff, D_IN=d_in, COUNT=count, SPLITS=splits, BLOCK_N=64, BLOCK_K=block_k,
-        W_TILES=w_tiles, X_TILES=x_tiles, MODES=diag.shape[-2], ask=ask or (lambda *_: None),
+        W_TILES=w_tiles, X_TILES=x_tiles, ask=ask,
     )  # fmt: skip
     assert not next_counts.any()
     return y if count else parts[1].sum(0)
@@ -83,37 +80,23 @@ def test_a_stretch_of_products(generator, batch, count, tiles):
     torch.testing.assert_close(got, wanted if count else wanted.sum(0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("n_texts", "sequences", "expected"), [(4, 2, {0, 2, 4, 1}), (9, 2, {0, 1, 2, 3, 4})])
-def test_what_the_cache_is_asked_for(generator, n_texts, sequences, expected):
-    """Of each text that is asked for, states and keys whole, the texts in the order in which a mixing takes them."""
+def test_what_the_cache_is_asked_for(generator):
+    """The tiles of the MLP's first product that shared memory has no room for, once each."""
     d_model, d_ff, batch = 256, 1024, 5
     maps = draw_maps(generator, d_model, d_ff, 3, dtype=torch.float16)
     mixed, x = (torch.randn(batch, d_model, generator=generator).half() for _ in range(2))
-    keys = torch.zeros(8, batch, d_model, dtype=torch.float16).permute(1, 2, 0)
-    diag = torch.zeros(batch, d_model, 8, 2)
-    asked = {}
+    weight = maps.fc1[0]
+    times = torch.zeros(d_ff, d_model, dtype=torch.int32)
 
     def ask(pointers, n_bytes):
-        memory = pointers.memory
-        times = asked.setdefault((memory.data_ptr(), memory.nbytes), torch.zeros(memory.nbytes, dtype=torch.int32))
-        for place, n in zip((pointers.at * memory.element_size()).tolist(), n_bytes.tensor.tolist(), strict=True):
+        assert pointers.memory.data_ptr() == weight.data_ptr()
+        for place, n in zip(pointers.at.tolist(), n_bytes.tensor.tolist(), strict=True):
             assert n % 16 == 0
-            if n:
-                assert 0 <= place <= place + n <= memory.nbytes
-                times[place : place + n] += 1
+            times.view(-1)[place : place + n // 2] += 1
 
-    run(
-        mixed, x, maps, block_k=64, w_tiles=2, x_tiles=2, coming=(keys, diag), sequences=sequences, ask=ask,
-        ahead=(0, 2, 2, 2, n_texts // 3, n_texts // 2, n_texts, 0),
-    )  # fmt: skip
-    of_states = asked.pop((diag.data_ptr(), diag.nbytes)).view(batch, -1)
-    of_keys = asked.pop((keys.data_ptr(), keys.nbytes)).view(8, batch, -1)
-    for text in range(batch):
-        assert bool((of_states[text] == (text in expected)).all())
-        assert bool((of_keys[:, text] == (text in expected)).all())
-    assert [len(times) for times in asked.values()] == [2 * d_ff * d_model, 2 * d_ff * d_model, 6 * d_model**2]
-    for times in asked.values():  # four tiles of 64 inputs a program, of which two are in shared memory
-        assert bool((times.view(-1, 4, 128) == torch.tensor([0, 0, 1, 1])[:, None]).all())
+    run(mixed, x, maps, block_k=64, w_tiles=2, x_tiles=2, n_asked=2, ask=ask)
+    assert not times[:, :128].any()
+    assert bool((times[:, 128:] == 1).all())
 
 
 NO_COUNTS = (torch.zeros(N_COUNTS, dtype=torch.int32),) * 2
@@ -166,24 +149,16 @@ def test_refusal(generator):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("batch", "count"), [(2, 3), (17, 1), (64, 3), (33, 0)])
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["float16", "bfloat16"])
-def test_on_a_gpu(generator, batch, count, dtype, monkeypatch):
-    monkeypatch.setattr(launch_between, "AHEAD", Ahead(100, 6, 4, 4, 8, 24, 48, 100))
+def test_on_a_gpu(generator, batch, count, dtype):
     maps = draw_maps(generator, 2048, 8192, count, device="cuda", dtype=dtype)
     mixed, x = (torch.randn(batch, 2048, generator=generator).to("cuda", dtype) for _ in range(2))
     exact_x = x.double()
     exact = between_mixings(mixed.double(), exact_x, as_float64(maps), *NO_COUNTS, impl="reference")
     counts = torch.zeros(2, N_COUNTS, dtype=torch.int32, device="cuda")
-    coming = (
-        torch.zeros(63, batch, 2048, dtype=dtype, device="cuda").permute(1, 2, 0),
-        torch.zeros(batch, 2048, 32, 2, device="cuda"),
-    )
     results = []
     for i in range(3):  # counts are used again
         stream = x.clone()
-        got = between_mixings(
-            mixed, stream, maps, counts[i % 2], counts[(i + 1) % 2], coming=coming if i % 2 == 0 else None
-        )
-        results.append((got, stream))
+        results.append((between_mixings(mixed, stream, maps, counts[i % 2], counts[(i + 1) % 2]), stream))
     got, stream = results[0]
     if count:
         assert got.dtype == dtype

@@ -165,7 +165,7 @@ def _copy_tile_and_tell(source, place, barrier, tile, pred=True):
     row, column = (int(raw(x)) for x in place)
     n_rows, n_columns = tile.tensor.shape
     if bool(raw(pred)):
-        assert row >= 0
+        assert 0 <= row < len(source.matrix)
         assert 0 <= column <= source.matrix.shape[1] - n_columns
         found = source.matrix[row : row + n_rows, column : column + n_columns]
         tile.tensor.zero_()[: len(found)] = found

@@ -14,8 +14,8 @@ from hippos.layers import H3
 from hippos.layers.projections import is_plain_linear
 from hippos.layers.rotary import apply_rotary, rotary_angles
 from hippos.models.attention import CachedSelfAttention
-from hippos.ops import H3State
 from hippos.ops.decode import (
+    BETWEEN_ROWS,
     N_COUNTS,
     Between,
     StepBooks,
@@ -38,7 +38,7 @@ class FusedStep:
 
     Per layer one kernel for the projections in, one for the mixing, one for the projection out, two for the MLP; for
     more than one text also two that add to the stream and normalise it. On a GPU for which there is such a kernel, all
-    but the mixing is one for several texts.
+    but the mixing is one for many texts.
 
     Args:
         model: An H3 language model that `fits`.
@@ -62,7 +62,7 @@ class FusedStep:
 
     def takes_turns(self, batch: int) -> bool:
         """Whether steps of so many texts must not run at the same time as others, see `hippos.ops.decode.in_turn`."""
-        return self._counts is not None and batch > 1
+        return batch >= BETWEEN_ROWS and self._counts is not None
 
     def advance(self, tokens: Tensor, state: GenerationState) -> None:
         """Advance the state by tokens, shape (B,), but for the host's counts."""
@@ -75,7 +75,7 @@ class FusedStep:
             self._advance_one(x, state)
             finish_step(x, None, None, _norm(body.norm), books)
         else:
-            counts = self._counts
+            counts = self._counts if len(tokens) >= BETWEEN_ROWS else None
             parts, bias = self._advance_few(x, state) if counts is None else self._advance_between(x, state, counts)
             finish_step(x, parts, bias, _norm(body.norm), books)
 
@@ -131,11 +131,8 @@ class FusedStep:
         for i, (block, layer) in enumerate(zip(blocks, state.layers, strict=True)):
             mixed = self._mix_projected(block.mixer, projected, layer, state)
             following = blocks[i + 1] if i + 1 < len(blocks) else None
-            coming = state.layers[(i + 1) % len(blocks)]
-            projected = between_mixings(
-                mixed, x, _between(block, following), counts[i], counts[(i + 1) % len(counts)],
-                coming=coming if isinstance(coming, H3State) and following is not None else None,
-            )  # fmt: skip
+            maps = _between(block, following)
+            projected = between_mixings(mixed, x, maps, counts[i], counts[(i + 1) % len(counts)])
         return projected, blocks[-1].mlp.fc2.bias
 
     def _mix(

@@ -28,6 +28,7 @@ from hippos.ops.decode.turns import in_turn
 from hippos.ops.kernel_device import why_not_device
 
 __all__ = [
+    "BETWEEN_ROWS",
     "BIAS_COLUMNS",
     "MOST_ROWS",
     "N_COUNTS",
@@ -54,6 +55,9 @@ BIAS_COLUMNS = 64
 
 N_COUNTS = 8
 """Counts that `between_mixings` takes."""
+
+BETWEEN_ROWS = 16
+"""Tokens from which `between_mixings` is faster than a kernel for each product."""
 
 StepImpl = Literal["reference", "triton"]
 StepNorm = tuple[Tensor, Tensor, float]
@@ -199,7 +203,6 @@ def between_mixings(
     counts: Tensor,
     next_counts: Tensor,
     *,
-    coming: tuple[Tensor, Tensor] | None = None,
     impl: StepImpl = "triton",
 ) -> Tensor:
     """Take a few tokens from one mixing to the next, in one kernel whose programs wait for each other.
@@ -211,8 +214,6 @@ def between_mixings(
         maps: Weights and norms.
         counts: `N_COUNTS` zeros, int32, where programs count who has come; used up.
         next_counts: The counts of the next call, set to zero; of another call that may come before it has ended.
-        coming: An `H3State` that the next mixing reads, keys (B, D, N - 1) and states (B, D, M, 2): what lies as that
-            mixing reads it fastest is brought into the second-level cache while memory would be idle.
         impl: "triton" or "reference", which looks at no counts.
 
     Returns:
@@ -232,7 +233,7 @@ def between_mixings(
         )
     from hippos.ops.decode.launch_between import between_launch
 
-    return between_launch(mixed, x, maps, counts, next_counts, coming)
+    return between_launch(mixed, x, maps, counts, next_counts)
 
 
 def finish_step(

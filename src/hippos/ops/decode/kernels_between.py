@@ -40,19 +40,6 @@ def _order_copies():
 
 
 @gluon.jit
-def _touch(pointer):
-    """Bring what lies there into the second-level cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointer.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _meet(count_ptr, n_programs):
     """Wait until so many programs have come here, counted from zero; each sees what the others have written before."""
     gl.thread_barrier()
@@ -112,145 +99,53 @@ def _ask(pointers, n_bytes):
 
 
 @gluon.jit
-def _pause(n_cycles):
-    """Let so many cycles go by."""
-    gl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred p;
-            .reg .u32 first, now;
-            mov.u32 first, %clock;
-        AGAIN:
-            mov.u32 now, %clock;
-            sub.u32 now, now, first;
-            setp.lt.u32 p, now, $1;
-            @p bra AGAIN;
-            mov.u32 $0, 0;
-        }
-        """,
-        "=r,r",
-        [n_cycles],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _ask_for_weights(w_ptr, n_tiles, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Ask for n_tiles tiles of this program, side by side from w_ptr on."""
-    rows = gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0]))
-    _ask(w_ptr + rows * K, gl.where(rows >= 0, n_tiles * (BLOCK_K * 2), 0))
-
-
-@gluon.jit
-def _ask_for_texts(
-    diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences, first, last, pace,
-    D: gl.constexpr, MODES: gl.constexpr,
-):  # fmt: skip
-    """Ask for this program's part of the states and keys of some texts: those that the next mixing begins with.
-
-    Its programs take so many sequences one after the other, so that all begin with the first of these. States lie
-    text by text, keys slot by slot.
-    """
-    turn = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    part = D * MODES * 2 // gl.num_programs(0) // 4 * 4
-    slot = gl.program_id(0) // 2
-    n_groups = (batch + sequences - 1) // sequences
-    diag_ptr += gl.program_id(0) * part
-    keys_ptr += slot.to(gl.int64) * slot_stride + gl.program_id(0) % 2 * (D // 2)
-    for start in range(first, last, 4):
-        number = start + turn
-        text = number % n_groups * sequences + number // n_groups
-        is_asked = (turn < 4) & (number < gl.minimum(last, n_groups * sequences)) & (text < batch)
-        _ask(diag_ptr + text.to(gl.int64) * diag_stride, gl.where(is_asked, part * 4, 0))
-        _ask(keys_ptr + text.to(gl.int64) * keys_stride, gl.where(is_asked & (slot < slots), D, 0))
-        _pause(pace)
-
-
-@gluon.jit
-def _send_in(
-    w_in0, w_in1, w_in2, which, in_row, number, first, last, ring, full, empty,
-    COUNT: gl.constexpr, BLOCK_K: gl.constexpr, TILES: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
-    """Tiles first to last of one of COUNT weights, the first of all with this number."""
-    if which == 0:
-        for i in range(first, last):
-            _send(w_in0, in_row, i * BLOCK_K, number + i, ring, full, empty, TILES, BYTES)
-    if COUNT > 1:  # a condition for the compiler
-        if which == 1:
-            for i in range(first, last):
-                _send(w_in1, in_row, i * BLOCK_K, number + i, ring, full, empty, TILES, BYTES)
-        if which == 2:
-            for i in range(first, last):
-                _send(w_in2, in_row, i * BLOCK_K, number + i, ring, full, empty, TILES, BYTES)
-
-
-@gluon.jit
 def _send_weights(
     w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row, ring, full, empty,
-    fc1_ptr, fc2_ptr, in_ptr, diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-    hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
-    D: gl.constexpr, D_FF: gl.constexpr, MODES: gl.constexpr,
+    fc1_ptr, n_asked, D: gl.constexpr,
     OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, COUNT: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """A warp's work: OUT, FC1, FC2 and IN tiles of weights, the last of one of COUNT weights."""
+    """A warp's work: OUT, FC1, FC2 and IN tiles of weights, the last of one of COUNT weights.
+
+    While the programs meet for the first time, the second-level cache is asked for n_asked tiles more.
+    """
+    ROWS: gl.constexpr = gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0])
     BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
     LAST: gl.constexpr = OUT + FC1 + FC2
     for i in range(OUT):
         _send(w_out, out_row, out_column + i * BLOCK_K, i, ring, full, empty, TILES, BYTES)
     for i in range(FC1):
-        if OUT + i == TILES:
-            _pause(hold)
         _send(w_fc1, row, i * BLOCK_K, OUT + i, ring, full, empty, TILES, BYTES)
         if i == TILES - 1:  # all tiles of the product before have been used
-            _ask_for_weights(fc1_ptr + (row * D + TILES * BLOCK_K), tiles1, D, BLOCK_N, BLOCK_K)
+            rows = row + gl.arange(0, BLOCK_N, layout=ROWS)
+            n_bytes = gl.where(rows >= 0, n_asked * (BLOCK_K * 2), 0)
+            _ask(fc1_ptr + (rows * D + TILES * BLOCK_K), n_bytes)
     for i in range(FC2):
         _send(w_fc2, out_row, fc2_column + i * BLOCK_K, OUT + FC1 + i, ring, full, empty, TILES, BYTES)
-        if i == TILES - 1:
-            ahead = fc2_column + TILES * BLOCK_K
-            _ask_for_weights(fc2_ptr + (out_row * D_FF + ahead), tiles2, D_FF, BLOCK_N, BLOCK_K)
-            _ask_for_texts(
-                diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-                0, texts2, pace, D, MODES,
-            )  # fmt: skip
-    if COUNT > 0:
-        FEW: gl.constexpr = TILES if TILES < IN else IN
-        if which < COUNT:
-            _send_in(w_in0, w_in1, w_in2, which, in_row, LAST, 0, FEW, ring, full, empty, COUNT, BLOCK_K, TILES, BYTES)
-            _ask_for_weights(in_ptr + (in_row * D + TILES * BLOCK_K), tiles3, D, BLOCK_N, BLOCK_K)
-        else:
-            mbarrier.wait(empty.index((LAST - 1) % TILES), ((LAST - 1) // TILES) & 1)
-        _ask_for_texts(
-            diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-            texts2, texts3, pace, D, MODES,
-        )  # fmt: skip
-        _send_in(w_in0, w_in1, w_in2, which, in_row, LAST, FEW, IN, ring, full, empty, COUNT, BLOCK_K, TILES, BYTES)
-        _ask_for_texts(
-            diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-            texts3, texts4, pace, D, MODES,
-        )  # fmt: skip
+    if which == 0:
+        for i in range(IN):
+            _send(w_in0, in_row, i * BLOCK_K, LAST + i, ring, full, empty, TILES, BYTES)
+    if COUNT > 1:  # a condition for the compiler
+        if which == 1:
+            for i in range(IN):
+                _send(w_in1, in_row, i * BLOCK_K, LAST + i, ring, full, empty, TILES, BYTES)
+        if which == 2:
+            for i in range(IN):
+                _send(w_in2, in_row, i * BLOCK_K, LAST + i, ring, full, empty, TILES, BYTES)
 
 
 @gluon.jit
 def _send_tokens(
-    mixed, u, inner, out_column, fc2_column, has_in, ring, full, empty, known, unused, ready,
+    mixed, u, inner, out_column, fc2_column, has_in, ring, full, empty, known,
     OUT: gl.constexpr, FC1: gl.constexpr, FC2: gl.constexpr, IN: gl.constexpr, BLOCK_K: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
     """Another warp's work: the tokens that these weights are multiplied by, each product's once it is told."""
     BYTES: gl.constexpr = 64 * BLOCK_K * 2
-    # The first copy by a descriptor waits for it: better one of rows that there are not, before there is something.
-    mbarrier.expect(ready, 3 * BYTES)
-    tma.async_copy_global_to_shared(mixed, [64, 0], ready, unused)
-    tma.async_copy_global_to_shared(u, [64, 0], ready, unused)
-    tma.async_copy_global_to_shared(inner, [64, 0], ready, unused)
     mbarrier.wait(known, 0)
     gdc_wait()
     for i in range(OUT):
         _send(mixed, 0, out_column + i * BLOCK_K, i, ring, full, empty, TILES, BYTES)
-    mbarrier.wait(ready, 0)
     mbarrier.wait(known, 1)
     _order_copies()
     for i in range(FC1):
@@ -350,7 +245,6 @@ def _work(
     out_row, split, which = gl.multiple_of(row % D, BLOCK_N), row // D, row // D_IN
     in_row = row - which * D_IN
     output = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, MMA))
-    _touch(counts_ptr)
     fc1_b = gl.load(fc1_b_ptr + row + output).to(gl.float32)
     b, norm_w = gl.load(out_b_ptr + _places(D)), gl.load(norm_w_ptr + _places(D))
     norm_b = gl.load(norm_b_ptr + _places(D))
@@ -404,28 +298,21 @@ def _work(
             _leave_rounded(y, y_ptr, row, COUNT * D_IN, batch, BLOCK_N)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batch", "b_offset_1", "b_offset_2", "diag_stride", "keys_stride", "slot_stride", "slots", "sequences",
-        "w_offset_1", "w_offset_2", "hold", "tiles1", "tiles2", "tiles3", "texts2", "texts3", "texts4", "pace",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=["batch", "b_offset_1", "b_offset_2", "n_asked"])
 def between_kernel(
     mixed, u, inner, x_ptr, u_ptr, inner_ptr, y_ptr, parts_ptr, counts_ptr, next_counts_ptr,
     w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, out_b_ptr, fc1_b_ptr, fc2_b_ptr, in_b_ptr, b_offset_1, b_offset_2,
-    norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch,
-    fc1_ptr, fc2_ptr, in_ptr, w_offset_1, w_offset_2,
-    diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, sequences,
-    hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
+    norm_w_ptr, norm_b_ptr, next_norm_w_ptr, next_norm_b_ptr, eps, next_eps, batch, fc1_ptr, n_asked,
     D: gl.constexpr, D_FF: gl.constexpr, D_IN: gl.constexpr, COUNT: gl.constexpr, SPLITS: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, W_TILES: gl.constexpr, X_TILES: gl.constexpr, MODES: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, W_TILES: gl.constexpr, X_TILES: gl.constexpr,
 ):  # fmt: skip
     """X += W_out mixed + b; x += W_fc2 gelu(W_fc1 norm(x) + b) + b; y = W_in next_norm(x) + b.
 
     W_in are COUNT weights, one below another. With COUNT = 0, behind the last layer, the float32 parts of W_fc2's
     product are left instead, in parts[1]. Weights and the tokens that they are multiplied by are given as descriptors
     of tiles; the sums of the products into the stream are made in SPLITS parts, four at most. Eight counts, zero at
-    first, tell how many programs have come where.
+    first, tell how many programs have come where. The second-level cache is asked for n_asked tiles of W_fc1, those
+    behind the ones that shared memory holds.
     """
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
@@ -439,7 +326,6 @@ def between_kernel(
     out_column, fc2_column = split * (D // SPLITS), split * (D_FF // SPLITS)
     which = row // D_IN
     in_row = row - which * D_IN
-    w_offset = gl.where(which == 0, 0, gl.where(which == 1, w_offset_1.to(gl.int64), w_offset_2.to(gl.int64)))
     x_ring = gl.allocate_shared_memory(DTYPE, [X_TILES, 64, BLOCK_K], SHARED)
     w_ring = gl.allocate_shared_memory(DTYPE, [W_TILES, BLOCK_N, BLOCK_K], SHARED)
     x_full = gl.allocate_shared_memory(gl.int64, [X_TILES, 1], mbarrier.MBarrierLayout())
@@ -447,8 +333,6 @@ def between_kernel(
     w_full = gl.allocate_shared_memory(gl.int64, [W_TILES, 1], mbarrier.MBarrierLayout())
     w_empty = gl.allocate_shared_memory(gl.int64, [W_TILES, 1], mbarrier.MBarrierLayout())
     known = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    unused = gl.allocate_shared_memory(DTYPE, [64, BLOCK_K], SHARED)
     for s in gl.static_range(X_TILES):
         mbarrier.init(x_full.index(s), count=1)
         mbarrier.init(x_empty.index(s), count=1)
@@ -456,7 +340,6 @@ def between_kernel(
         mbarrier.init(w_full.index(s), count=1)
         mbarrier.init(w_empty.index(s), count=1)
     mbarrier.init(known, count=1)
-    mbarrier.init(ready, count=1)
     hopper.fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
@@ -470,14 +353,10 @@ def between_kernel(
             )),
             (_send_weights, (
                 w_out, w_fc1, w_fc2, w_in0, w_in1, w_in2, row, out_row, out_column, fc2_column, which, in_row,
-                w_ring, w_full, w_empty,
-                fc1_ptr, fc2_ptr, in_ptr + w_offset,
-                diag_ptr, keys_ptr, diag_stride, keys_stride, slot_stride, slots, batch, sequences,
-                hold, tiles1, tiles2, tiles3, texts2, texts3, texts4, pace,
-                D, D_FF, MODES, OUT, FC1, FC2, IN, COUNT, BLOCK_N, BLOCK_K, W_TILES,
+                w_ring, w_full, w_empty, fc1_ptr, n_asked, D, OUT, FC1, FC2, IN, COUNT, BLOCK_N, BLOCK_K, W_TILES,
             )),
             (_send_tokens, (
-                mixed, u, inner, out_column, fc2_column, which < COUNT, x_ring, x_full, x_empty, known, unused, ready,
+                mixed, u, inner, out_column, fc2_column, which < COUNT, x_ring, x_full, x_empty, known,
                 OUT, FC1, FC2, IN, BLOCK_K, X_TILES,
             )),
         ],

@@ -8,7 +8,7 @@ from torch import Tensor
 N_PAST, N_MODES = 63, 32
 CHANNELS, STAGES, WARPS = 64, 2, 8  # keys of so many channels are 128 bytes in a row
 REGISTERS = 128  # of a thread, so that all programs of 64 texts and 2,048 channels run at the same time, two by two
-_PROGRAMS = 256  # that a large GPU should have, of at least four sequences each
+_PROGRAMS = 256  # that a large GPU should have, of at least two sequences each
 
 
 def takes_hopper(
@@ -17,7 +17,7 @@ def takes_hopper(
     """Tell whether the program takes the arguments of `hippos.ops.ssm_step.launch.h3_step_launch`."""
     from hippos.ops.ssm_conv.launch_hopper import has_hopper_programs
 
-    is_large = len(q) * (q.shape[1] // CHANNELS) >= 4 * _PROGRAMS
+    is_large = len(q) * (q.shape[1] // CHANNELS) >= 2 * _PROGRAMS
     return is_large and has_hopper_programs(q.device) and has_its_form(q, k, v, shift, diag, ring_position, a)
 
 
@@ -63,7 +63,7 @@ def h3_step_hopper(
 
     batch, d_model = q.shape
     y = torch.empty((batch, d_model), dtype=q.dtype, device=q.device)
-    sequences = 8 if batch * (d_model // CHANNELS) >= 8 * _PROGRAMS else 4
+    sequences = next((n for n in (8, 4) if batch * (d_model // CHANNELS) >= n * _PROGRAMS), 2)
     h3_step_hopper_kernel[(d_model // CHANNELS, triton.cdiv(batch, sequences))](
         q, k, v, y, shift, diag, ring_position,
         taps, a, b, read, d,
