@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
@@ -119,7 +118,7 @@ def run_chain(tensors, splits):
     return [total, *(x.detach() for x in found)], dict(zip(names, gradients, strict=True))
 
 
-def check_split(generator, shape, device, limit=2e-6):
+def check_split(generator, shape, device):
     tensors, _ = make(generator, shape, torch.bfloat16, device)
     more = ("second", "dtotal", "dnormed", "second_dnormed")
     tensors |= {name: torch.randn(shape, generator=generator).to(device) for name in more}
@@ -133,22 +132,14 @@ def check_split(generator, shape, device, limit=2e-6):
     for name, gradient in gradients.items():
         assert gradient.dtype == usual[name].dtype
         error = float((gradient.double() - usual[name].double()).norm() / usual[name].double().norm())
-        assert error < (limit if gradient.dtype == torch.float32 else max(1e-4, limit)), name
+        # Norms of rounded sums: in the weights' gradients the error of a rounding, in others of a small part.
+        assert error < {"weight": 2**-7, "bias": 2e-6}.get(name, 2**-8), name
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 1000, 768)])
 def test_a_split_stream_has_the_same_numbers_on_a_gpu(generator, shape):
     check_split(generator, shape, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("rounded", "stages"), [(False, 2), (True, 1), (True, 2)])
-def test_a_split_stream_has_the_same_numbers_by_other_programs(monkeypatch, generator, rounded, stages):
-    launch = importlib.import_module("hippos.ops.add_norm.launch")
-    monkeypatch.setattr(launch, "_ROUNDED", rounded)
-    monkeypatch.setattr(launch, "_BWD_STAGES", stages)
-    check_split(generator, (4, 1000, 768), "cuda", limit=5e-3 if rounded else 2e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 7, 48)])

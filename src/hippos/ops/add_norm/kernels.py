@@ -91,14 +91,12 @@ def add_norm_bwd_kernel(
     dstream_ptr, dupdate_ptr, partial_ptr,
     n_rows, d_model, plane, n_programs,
     HAS_DSUM: tl.constexpr, HAS_DNORMED: tl.constexpr, WRITES_UPDATE: tl.constexpr,
-    IS_SPLIT: tl.constexpr, SPLITS: tl.constexpr, IS_ROUNDED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    IS_SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every ``n_programs``-th piece of ROWS rows: gradient of the sum, and this program's share of three column sums.
 
     The shares are those of the norm's weight and bias and of the update's bias, (3, n_programs, D) in memory. The sum
-    and its gradient are split if SPLITS says so, the gradient of the stream if IS_SPLIT does. IS_ROUNDED takes the norm
-    of the rounded numbers of a split sum.
+    and its gradient are split if SPLITS says so, the gradient of the stream if IS_SPLIT does.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
@@ -116,11 +114,11 @@ def add_norm_bwd_kernel(
         if HAS_DSUM:
             dx += load_numbers(dsum_ptr, offs, plane, inside, SPLITS)
         if HAS_DNORMED:
-            if SPLITS and IS_ROUNDED:
+            if SPLITS:  # The rounded numbers do: they enter products with gradients that were rounded as well.
                 upper = tl.load(sum_ptr + offs, mask=inside, other=0).to(tl.int32)
                 x = (upper << 16).to(tl.float32, bitcast=True)
             else:
-                x = load_numbers(sum_ptr, offs, plane, inside, SPLITS)
+                x = tl.load(sum_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             dy = tl.load(dnormed_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             mean = tl.load(mean_ptr + row, mask=row < n_rows, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)

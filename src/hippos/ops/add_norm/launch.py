@@ -12,8 +12,7 @@ from hippos.ops.column_sums.launch import column_sums
 
 # Tiles of so many numbers leave 32 of each tensor to a thread, and 16 in the backward pass.
 _TILE, _BWD_TILE = 4096, 2048
-_BWD_STAGES = 1
-_ROUNDED = False
+_BWD_STAGES = 2  # of split sums: copies of the next rows are under way
 _PROGRAMS_PER_PROCESSOR = 4  # as many as have room there
 
 
@@ -106,8 +105,7 @@ def add_norm_bwd(
         _planes(total, splits), mean, rstd, weight, _planes(dstream, is_split), dupdate, shares,
         n_rows, d_model, n_rows * d_model, n_programs,
         HAS_DSUM=dsum is not None, HAS_DNORMED=dnormed is not None, WRITES_UPDATE=writes,
-        IS_SPLIT=is_split, SPLITS=splits, IS_ROUNDED=_ROUNDED,
-        ROWS=rows, BLOCK_D=block, STAGES=_BWD_STAGES, num_warps=4,
+        IS_SPLIT=is_split, SPLITS=splits, ROWS=rows, BLOCK_D=block, STAGES=_BWD_STAGES if splits else 1, num_warps=4,
     )  # fmt: skip
     return dstream, dupdate, column_sums(shares)
 

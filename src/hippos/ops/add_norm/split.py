@@ -2,7 +2,9 @@
 
 A split tensor has the shape (2, ...) and dtype bfloat16. The first plane holds the nearest bfloat16 numbers, of two
 equally near ones that of larger magnitude; the second the lower 16 bits of the float32 numbers, which are no numbers of
-their own. The gradient of a split tensor is split as well, so that the gradient of an update is its first plane.
+their own. The gradient of a split tensor is split as well, so that the gradient of an update is its first plane. Sums
+forward and backward are those of whole numbers. Only the norm that a gradient is multiplied with, in the backward pass,
+is made from the first plane: the gradients of the norm's weights are right as those of a bfloat16 stream are.
 """
 
 from __future__ import annotations

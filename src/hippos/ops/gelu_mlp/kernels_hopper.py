@@ -125,17 +125,6 @@ def _step(left, right, step, depth, acc, n_tiles, n_columns, arrived, left_tiles
     return acc
 
 
-@gluon.jit
-def _send(matrix, row, column, values, tile):
-    """Begin to copy values to a matrix, from shared memory that what was sent before has left."""
-    tma.store_wait(0)
-    gl.thread_barrier()
-    tile.store(values.to(matrix.dtype))
-    hopper.fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(matrix, [row, column], tile)
-
-
 @gluon.jit(do_not_specialize=["n_rows"])
 def gelu_product_hopper_kernel(
     rows, weight, inner, act, bias_ptr, n_rows, d_ff,
@@ -143,32 +132,47 @@ def gelu_product_hopper_kernel(
 ):  # fmt: skip
     """Every n-th tile of inner = rows @ weight.T + bias and act = GELU(inner), for n programs.
 
-    rows (T, D), weight (F, D), inner and act (T, F) are descriptors of tiles; STEPS of DEPTH make up D. Behind the end
-    of a tensor zeros are read, and nothing is written.
+    rows (T, D) and weight (F, D) are descriptors of tiles, inner and act (T, F) of tiles of half the columns; STEPS of
+    DEPTH make up D. Behind the end of a tensor zeros are read, and nothing is written.
     """
     MMA: gl.constexpr = product_layout(COLUMNS, gl.num_warps())
+    HALF: gl.constexpr = product_layout(COLUMNS // 2, gl.num_warps())
     dtype: gl.constexpr = rows.dtype
     n_columns = gl.cdiv(d_ff, COLUMNS)
     n_tiles = gl.cdiv(n_rows, ROWS) * n_columns
     row_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], shared_layout(DEPTH))
     weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, DEPTH], shared_layout(DEPTH))
-    out_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS], shared_layout(COLUMNS))
+    inner_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], shared_layout(COLUMNS // 2))
+    act_tile = gl.allocate_shared_memory(dtype, [ROWS, COLUMNS // 2], shared_layout(COLUMNS // 2))
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     _begin(rows, weight, n_tiles, n_columns, arrived, row_tiles, weight_tiles, STEPS)
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         row, column = tile // n_columns * ROWS, tile % n_columns * COLUMNS
-        columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
-        bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
         acc = gl.zeros((ROWS, COLUMNS), gl.float32, MMA)
         for depth in range(STEPS):
             acc = _step(rows, weight, step, depth, acc, n_tiles, n_columns, arrived, row_tiles, weight_tiles, STEPS)
             step += 1
         acc = hopper.warpgroup_mma_wait(0, [acc])
-        x = acc + bias[None, :]
-        _send(inner, row, column, x, out_tile)
-        x *= _gate(x)  # not rounded before: a conversion of single numbers takes as long as an exponential
-        _send(act, row, column, x, out_tile)
+        halves = gl.split(gl.permute(gl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        for half in gl.static_range(2):
+            first = column + half * (COLUMNS // 2)
+            columns = first + gl.arange(0, COLUMNS // 2, layout=gl.SliceLayout(0, HALF))
+            bias = gl.load(bias_ptr + columns, mask=columns < d_ff, other=0.0).to(gl.float32)
+            x = gl.convert_layout(halves[half], HALF, assert_trivial=True) + bias[None, :]
+            tma.store_wait(1)  # what has left first
+            gl.thread_barrier()
+            inner_tile.store(x.to(dtype))
+            hopper.fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(inner, [row, first], inner_tile)
+            x *= _gate(x)  # not rounded before: a conversion of single numbers takes as long as an exponential
+            tma.store_wait(1)
+            gl.thread_barrier()
+            act_tile.store(x.to(dtype))
+            hopper.fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(act, [row, first], act_tile)
     tma.store_wait(0)
 
 

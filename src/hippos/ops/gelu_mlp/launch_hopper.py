@@ -67,10 +67,10 @@ def gelu_product(rows: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles = _FOR
 
     (n_rows, d_model), d_ff = rows.shape, len(weight)
     inner, act = (rows.new_empty(n_rows, d_ff) for _ in range(2))
-    tile = (tiles.rows, tiles.columns)
+    half = (tiles.rows, tiles.columns // 2)
     gelu_product_hopper_kernel[_grid(n_rows, d_ff, tiles, rows.device)](
         *_descriptors(
-            (rows, tiles.rows, tiles.depth), (weight, tiles.columns, tiles.depth), (inner, *tile), (act, *tile)
+            (rows, tiles.rows, tiles.depth), (weight, tiles.columns, tiles.depth), (inner, *half), (act, *half)
         ),
         bias, n_rows, d_ff, **_constants(d_model, tiles),
     )  # fmt: skip
