@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -130,8 +130,9 @@ class Generator:
         with self._advising(len(pieces), context):
             steps = self._make_steps(len(pieces), sampling, held, log_probs=log_probs)
             if isinstance(steps.decoder, H3Decoder):
-                steps.decoder.state.clear()
-                if state is not None:
+                if state is None:
+                    steps.decoder.state.restart()
+                else:
                     steps.decoder.state.copy_from(state)
             steps.decoder.read(pieces)
         self._stream = TokenStream(
@@ -326,7 +327,7 @@ class Generator:
         """Drop the graphs of other weights than those that the model has now."""
         if self._prompts is None:
             return
-        weights = list(_traces(self.model))
+        weights = _traces(self.model)
         if weights != self._weights:
             self._graphs.clear()
             self._prompts.clear()
@@ -354,14 +355,12 @@ class Generator:
             self._stream = None
 
 
-def _traces(module: nn.Module) -> Iterator[tuple[int, int]]:
-    """Where all parameters are and how often they were written; `Module.parameters` takes three times as long."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter.data_ptr(), parameter._version
-    for child in module._modules.values():
-        if child is not None:
-            yield from _traces(child)
+def _traces(model: nn.Module) -> list[tuple[int, int]]:
+    """Where all parameters are and how often they were written; `Module.parameters` takes several times as long."""
+    modules = [model]
+    for module in modules:  # which grows meanwhile
+        modules += [child for child in module._modules.values() if child is not None]
+    return [(p.data_ptr(), p._version) for module in modules for p in module._parameters.values() if p is not None]
 
 
 def _is_h3(model: Any) -> bool:

@@ -27,7 +27,7 @@ class FusedRead:
     Args:
         x: Embedded tokens, shape (b, L, D), contiguous; changed in place.
         linears: The maps whose products will be added, by `add_mixed` and `add_mapped`, in this order.
-        padding: True at tokens of no text, shape (b, L). H3 layers read zeros there, without a bias, so that behind
+        padding: True at tokens of no text, shape (b, L). H3 layers have keys and values of 0 there, so that behind
             them a text begins from nothing.
         impl: "triton" or "reference".
     """
@@ -37,7 +37,7 @@ class FusedRead:
     ) -> None:
         self._shape = x.shape
         self._rows = x.view(-1, x.shape[-1])
-        self._padding = None if padding is None else padding.view(-1, 1)
+        self._padding = None if padding is None else padding.flatten()
         self._biases = iter(_sums_of_biases(linears, x))
         self._bias = next(self._biases)
         self._joint: _JointWeight | None = None
@@ -72,16 +72,26 @@ class FusedRead:
             Its state after them.
         """
         batch, seqlen, d_model = self._shape
-        u = self._norm(norm, has_ones=True)
-        if self._padding is not None:
-            u.masked_fill_(self._padding, 0)
-        self._joint = self._joint or _JointWeight(mixer)
-        qkv = self._joint.of(mixer) @ u.t()
+        qkv = self._project(mixer, norm) if self._padding is None else self._project_padded(mixer, norm, self._padding)
         q, k, v = qkv.view(3, d_model, batch, seqlen).transpose(1, 2)  # (B, D, L)
         operators: Any = (*mixer.shift.operators(reuse=True), *mixer.diag.operators(reuse=True))  # type: ignore[union-attr]
         o, after = h3_mix(q, k, v, *operators, initial_state=state, return_state=True, cu_seqlens=cu_seqlens)
         self._add_product(o.transpose(0, 1).flatten(1).t(), mixer.out_proj)
         return after
+
+    def _project(self, mixer: H3, norm: nn.LayerNorm) -> Tensor:
+        """Queries, keys and values, (3 D, b L), by one product, which is what many tokens are about."""
+        self._joint = self._joint or _JointWeight(mixer)
+        return self._joint.of(mixer) @ self._norm(norm, has_ones=True).t()
+
+    def _project_padded(self, mixer: Any, norm: nn.LayerNorm, padding: Tensor) -> Tensor:
+        """The same, but keys and values of padding are 0; by three products, as few tokens are not worth the copies."""
+        columns = self._norm(norm, has_ones=False).t()
+        qkv = columns.new_empty(3, len(columns), columns.shape[1])
+        for place, linear in zip(qkv, (mixer.q_proj, mixer.k_proj, mixer.v_proj), strict=True):
+            torch.addmm(linear.bias.unsqueeze(1), linear.weight, columns, out=place)
+        qkv[1:].masked_fill_(padding, 0)
+        return qkv
 
     def add_mapped(self, mlp: MLP, norm: nn.LayerNorm) -> None:
         """Add what an MLP for which `takes_mlp` holds makes of the tokens."""

@@ -117,8 +117,16 @@ class GenerationState:
 
     def clear(self) -> None:
         """Reset to before the first token, in place; keys and values beyond a row's length are never read."""
-        parts = [part for layer in self.layers if not isinstance(layer, KeyValues) for part in _parts(layer)]
-        torch._foreach_zero_([*parts, self.lengths, self.seen, self.ring])
+        for layer in self.layers:
+            if not isinstance(layer, KeyValues):
+                for part in _parts(layer):
+                    part.zero_()
+        self.restart()
+
+    def restart(self) -> None:
+        """As `clear`, for a reading that begins with tokens of every text: it looks at no layer's state."""
+        for count in (self.lengths, self.seen, self.ring):
+            count.zero_()
         self.n_tokens = [0] * self.batch
 
     def rows(self, start: int, stop: int) -> GenerationState:
@@ -179,12 +187,12 @@ class GenerationState:
 
     def _copy_all(self, other: GenerationState) -> None:
         """`copy_from` of as many texts as there are, in few launches."""
-        pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        pairs: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}  # such as go in one launch
         longest = max(other.n_tokens)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             is_cache = isinstance(mine, KeyValues)
             for place, source in zip(_parts(mine), _parts(theirs), strict=True):
-                places, sources = pairs.setdefault(place.dtype, ([], []))
+                places, sources = pairs.setdefault((place.dtype, is_cache), ([], []))
                 places.append(place[:, :, :longest] if is_cache else place)
                 sources.append(source[:, :, :longest] if is_cache else source)
         for places, sources in pairs.values():
