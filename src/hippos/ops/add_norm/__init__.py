@@ -120,9 +120,10 @@ def add_norm_kept(
 ) -> NormKept:
     """`add_norm` by its kernels, of contiguous tensors, unchecked.
 
-    With ``splits``, of an update, the sum is split: the backward pass moves three quarters of the bytes, as the gradient
-    of the stream holds that of the update, and half of the sum is enough. A split stream, of one axis more than the
-    update, is taken as it is. Neither it nor its gradient are numbers to add: it must go to one `add_norm_kept` only.
+    With ``splits``, of an update, the sum is split: the backward pass moves three quarters of the bytes, as the
+    gradient of the stream holds that of the update, and half of the sum is enough. A split stream, of one axis more
+    than the update, is taken as it is. Neither it nor its gradient are numbers to add: it must go to one
+    `add_norm_kept` only.
     """
     if update is None:
         total, normed, mean, rstd = norm_of_stream(stream, weight, bias, eps, dtype)
