@@ -21,7 +21,7 @@ def writer(random_h3, tokenizer):
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    lines = ['{"prompt": "hello", "id": 7}', '"just a text"', "", '{"prompt": "h\u00e9"}', '{"prompt": "abc"}']
+    lines = ['\ufeff{"prompt": "hello", "id": 7}', '"just a text"', "", '{"prompt": "h\u00e9"}', '{"prompt": "abc"}']
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

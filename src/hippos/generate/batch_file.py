@@ -138,7 +138,7 @@ def _read_prompts(path: Path, generator: Generator, max_new_tokens: int) -> tupl
 
 def _read_prompt(number: int, line: bytes, generator: Generator, max_new_tokens: int) -> _Prompt:
     try:
-        data = json.loads(line.decode("utf-8"))
+        data = json.loads(line.decode("utf-8-sig"))  # some editors put a mark before the first line
     except UnicodeDecodeError as error:
         raise PromptError("not UTF-8 text") from error
     except ValueError as error:
