@@ -69,6 +69,12 @@ def test_greedy_needs_no_seed(run):
     assert run(*options, "--greedy").stdout == run(*options, "--temperature", "0").stdout
 
 
+def test_greedy_and_a_temperature_are_refused(run):
+    result = run("--prompt", "def ", "--greedy", "--temperature", "0.5")
+    assert result.exit_code == 2
+    assert "either --greedy or a temperature, got 0.5" in result.stderr
+
+
 def test_json(run):
     result = run("--prompt", "def ", "--max-new-tokens", "8", "--json")
     data = json.loads(result.stdout)

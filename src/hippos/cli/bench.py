@@ -21,14 +21,14 @@ def bench(
         typer.Option(help=f"Suite: {', '.join(suite_names())}.", autocompletion=suite_names, metavar="NAME"),
     ] = "cpu",
     case: Annotated[
-        list[str] | None, typer.Option(help="Run only this case of the suite; may be given again.", metavar="NAME")
+        list[str] | None, typer.Option(help="Run only this case of the suite; repeatable.", metavar="NAME")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: proves the suite works, in seconds.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads for torch (by default every core of the machine).", metavar="N")
-    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, to check in seconds that the suite works.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads for torch (default: all cores).", metavar="N")] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="Timed rounds a size, instead of the suite's own number.", metavar="N")
+        int | None, typer.Option(help="Timed rounds per size, instead of the suite's own number.", metavar="N")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     out: Annotated[

@@ -16,25 +16,29 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint file, a folder with one in it, or a hub name: danfu09/H3-125M, -355M, -1.3B, -2.7B.",
+            help="Checkpoint file, folder that holds one, or hub name: danfu09/H3-125M, -355M, -1.3B, -2.7B.",
             metavar="SOURCE",
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", metavar="OUT")],
     preset: Annotated[
         str | None,
-        typer.Option(help="Released size: 125m, 355m, 1.3b, 2.7b or 2.7b-rotary. A hub name says it.", metavar="NAME"),
+        typer.Option(
+            help="Released size: 125m, 355m, 1.3b, 2.7b or 2.7b-rotary. Implied by a hub name.", metavar="NAME"
+        ),
     ] = None,
     num_attention_heads: Annotated[
-        int | None, typer.Option(help="Heads of the attention layers.", metavar="N", callback=at_least(1))
+        int | None, typer.Option(help="Attention heads.", metavar="N", callback=at_least(1))
     ] = None,
     rotary_dim: Annotated[
         int | None,
-        typer.Option(help="Rotary coordinates of an attention head, 0 for none.", metavar="N", callback=at_least(0)),
+        typer.Option(help="Rotary dimensions per attention head, 0 for none.", metavar="N", callback=at_least(0)),
     ] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option(help="Tokens; further rows of the embedding are padding.", metavar="N", callback=at_least(1)),
+        typer.Option(
+            help="Vocabulary size; further rows of the embedding are padding.", metavar="N", callback=at_least(1)
+        ),
     ] = None,
     head_layout: Annotated[
         str | None,
@@ -52,10 +56,10 @@ def convert(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Tokenizer to save beside the weights, a folder or a hub name.", metavar="FOLDER|NAME"),
+        typer.Option(help="Tokenizer to save with the model: a folder or a hub name.", metavar="FOLDER|NAME"),
     ] = None,
     file: Annotated[
-        str | None, typer.Option(help="Which file, if the folder or repository holds several.", metavar="NAME")
+        str | None, typer.Option(help="File to convert, if the folder or repository holds several.", metavar="NAME")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was written.")] = False,
 ) -> None:

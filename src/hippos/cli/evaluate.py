@@ -19,28 +19,26 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, training run, or name on the Hugging Face hub.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHERE", help="Text file, folder, Hugging Face data set, or stdlib; may be given again."),
+        typer.Option(metavar="WHERE", help="Text file, folder, Hugging Face data set, or stdlib; repeatable."),
     ] = None,
-    window: Annotated[
-        int, typer.Option(metavar="N", callback=at_least(1), help="Tokens the model sees at once.")
-    ] = 1024,
+    window: Annotated[int, typer.Option(metavar="N", callback=at_least(1), help="Context window in tokens.")] = 1024,
     stride: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             callback=at_least(1),
-            help="Tokens from one window to the next; WINDOW if not given.",
+            help="Tokens from one window to the next; default: WINDOW.",
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", callback=at_least(1), help="Windows computed together.")] = 4,
+    batch_size: Annotated[int, typer.Option(metavar="N", callback=at_least(1), help="Windows per batch.")] = 4,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Folder or hub name of the tokenizer, if MODEL has none.")
+        str | None, typer.Option(metavar="NAME", help="Tokenizer, a folder or a hub name, if MODEL has none.")
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
     ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; a GPU takes torchao.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Round the weights to int8 (on a GPU: needs torchao).")] = False,
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")
     ] = "auto",

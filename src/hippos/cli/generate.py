@@ -19,43 +19,47 @@ _VISIBLE = {**{code: 0x2400 + code for code in range(32) if chr(code) not in "\t
 
 
 def generate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder, training run, or name on the Hugging Face hub.")],
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; - or none reads standard input."),
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Text to continue; without it, or with -, standard input is read."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to write.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(metavar="T", help="Below 1 safer, above 1 wilder, 0 greedy.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(metavar="K", help="Draw from the K most probable tokens only.")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="Sample from the K most probable tokens only.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Draw from the most probable tokens that sum to P only.")
+        float | None,
+        typer.Option(metavar="P", help="Sample from the most probable tokens whose probabilities sum to P."),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Draw only from tokens at least P times as probable as the most probable."),
+        typer.Option(metavar="P", help="Sample only tokens at least P times as probable as the most probable one."),
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(metavar="R", help="Above 1: make tokens that are in the text already less probable.")
+        float, typer.Option(metavar="R", help="Above 1: make tokens that occurred already less probable.")
     ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed writes the same text.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given again.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; repeatable.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Folder or hub name of the tokenizer, if MODEL has none.")
+        str | None, typer.Option(metavar="NAME", help="Tokenizer, a folder or a hub name, if MODEL has none.")
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="auto (as saved), float32, bfloat16, float16 or float64.")
     ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Weights in eight bits; a GPU takes torchao.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Round the weights to int8 (on a GPU: needs torchao).")] = False,
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")
     ] = "auto",
-    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the text.")] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt too.")] = False,
     context: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Room for N tokens, prompt and text, in the attention layers; none: as needed."),
+        typer.Option(
+            metavar="N", help="Cache size of the attention layers in tokens, prompt included; default: as needed."
+        ),
     ] = None,
     batch_file: Annotated[
         Path | None,
@@ -63,11 +67,11 @@ def generate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where the answers to --batch-file go; goes on where it stopped."),
+        typer.Option(metavar="FILE", help="Where the answers to --batch-file go; resumes if it exists."),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(metavar="N", callback=at_least(1), help="Prompts written together: 64 on a GPU, else 8."),
+        typer.Option(metavar="N", callback=at_least(1), help="Prompts per batch; default: 64 on a GPU, else 8."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
@@ -81,13 +85,14 @@ def generate(
         hippos generate runs/demo --batch-file prompts.jsonl --out answers.jsonl
     """
     _check_files(prompt, batch_file, out, batch_size)
+    temperature = _temperature(ctx, temperature, greedy)
     text = "" if batch_file is not None else _read_prompt(prompt)
 
     from hippos.generate import Generator, Sampling, load_text_model, stream_text
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
-        temperature=0.0 if greedy else temperature,
+        temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
@@ -107,6 +112,17 @@ def generate(
         typer.echo(json.dumps(stream.result.as_dict(), ensure_ascii=False, indent=2))
         return
     _show(stream, text if echo else "")
+
+
+def _temperature(ctx: typer.Context, temperature: float, greedy: bool) -> float:
+    if not greedy:
+        return temperature
+    source = ctx.get_parameter_source("temperature")
+    if temperature and source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter(
+            f"give either --greedy or a temperature, got {temperature:g}", param_hint="--temperature"
+        )
+    return 0.0
 
 
 def _check_files(prompt: str | None, batch_file: Path | None, out: Path | None, batch_size: int | None) -> None:

@@ -14,9 +14,9 @@ from hippos.cli.quiet import quiet_transformers
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a training run, finished or not.", metavar="RUN")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page to write.", show_default="RUN/report.html")
+        Path | None, typer.Option(metavar="FILE", help="HTML file to write.", show_default="RUN/report.html")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the run's numbers as one JSON object too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print the run's numbers as one JSON object.")] = False,
 ) -> None:
     """Make one self-contained HTML page of a run: curves, configuration, a sample.
 

@@ -27,44 +27,44 @@ def synthetics(
     mixer: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Row of the table; may be given again.", show_default="h3, s4d, gss, attention"
+            metavar="NAME", help="Mixer, a row of the table; repeatable.", show_default="h3, s4d, gss, attention"
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Column of the table; may be given again.", show_default="the paper's three"),
+        typer.Option(metavar="NAME", help="Task, a column of the table; repeatable.", show_default="the paper's three"),
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Seeds a cell.", show_default="3, or 1 with --quick"),
+        typer.Option(metavar="N", help="Seeds per cell.", show_default="3, or 1 with --quick"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="H3, S4D and attention in minutes: a shorter training of its own.")
+        bool, typer.Option("--quick", help="H3, S4D and attention in minutes, by a shorter recipe.")
     ] = False,
     epochs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Passes over the data.", show_default="the published recipe's"),
+        typer.Option(metavar="N", help="Epochs.", show_default="the published recipe's"),
     ] = None,
     answers: Annotated[
-        bool, typer.Option("--answers", help="Train on the answers alone, for 20 epochs: a recipe of our own.")
+        bool, typer.Option("--answers", help="Loss on the answers only, 20 epochs: a recipe of our own.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the results.", show_default="runs/synthetics[-quick|-answers]"),
+        typer.Option(metavar="DIR", help="Folder for the results.", show_default="runs/synthetics[-quick|-answers]"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="cuda|cpu", help="Where to train.", show_default="cuda if there is one")
+        str | None, typer.Option(metavar="cuda|cpu", help="Device to train on.", show_default="cuda if there is one")
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(metavar="N", callback=at_least(1), help="Processes on a CPU.", show_default="one a core"),
+        typer.Option(metavar="N", callback=at_least(1), help="Processes on a CPU.", show_default="one per core"),
     ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option(
             metavar="S",
             callback=at_least(30),
-            help="End within so many seconds, and go on where the command is repeated.",
+            help="Stop after so many seconds; repeat the command to continue.",
             show_default="none",
         ),
     ] = None,

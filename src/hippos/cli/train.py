@@ -22,22 +22,23 @@ def train(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHERE", help="Text file, folder, Hugging Face data set, or stdlib; may be given again."),
+        typer.Option(metavar="WHERE", help="Text file, folder, Hugging Face data set, or stdlib; repeatable."),
     ] = None,
     validation: Annotated[
-        list[str] | None, typer.Option(metavar="WHERE", help="The same to validate on; else a part is set aside.")
+        list[str] | None,
+        typer.Option(metavar="WHERE", help="Validation text, likewise; default: a part of --text."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Folder, Hugging Face name, or bpe:SIZE to train one.")
+        str | None, typer.Option(metavar="NAME", help="Tokenizer: a folder, a hub name, or bpe:SIZE to train one.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="runs/RECIPE")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the run.", show_default="runs/RECIPE")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as in steps=100; may be given again."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as steps=100; repeatable."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that DIR holds.")] = False,
     recipes: Annotated[bool, typer.Option("--recipes", help="List the recipes and exit.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the whole configuration and exit.")] = False,
