@@ -103,8 +103,8 @@ def to_markdown(results: Results) -> str:
                 [
                     [
                         MIXERS[row["mixer"]].title,
-                        *(_percent(row["by_length"].get(n)) for n in lengths),
-                        *(_percent(row["best_by_length"].get(n)) for n in watched),
+                        *(_one_decimal(row["by_length"].get(n)) for n in lengths),
+                        *(_one_decimal(row["best_by_length"].get(n)) for n in watched),
                     ]
                     for row in of_task
                 ],
@@ -141,7 +141,7 @@ def _accuracy(row: Mapping[str, Any] | None) -> str:
     return "" if row is None else f"{row['accuracy']:.1f}"
 
 
-def _percent(value: float | None) -> str:
+def _one_decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
